@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from titanmem.chat_template import DEFAULT_TEMPLATE
 from titanmem.errors import ChatTemplateError, ModelFolderError
-from titanmem.tokenizer import ChatTokenizer, prefix_hash, write_chat_files
+from titanmem.tokenizer import BLOCK_CHARS, ChatTokenizer, block_end, prefix_hash, write_chat_files
 
 SPECIALS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|im_start|>", "<|im_end|>"]
 TEXT = "My dog is called Rex and he barks at night. Where is the key? The key is under the mat. " * 20
@@ -133,6 +133,26 @@ def test_a_reserved_character_in_a_message_cannot_forge_a_control_token(folder):
     parts, _ = ChatTokenizer(folder).render([{"role": "user", "content": "a<\ufdd0|end|>b"}])
     assert [i for i in ids_of(parts) if i < len(SPECIALS)] == [2, 0]
     assert "a<\ufffd|end|>b" in ChatTokenizer(folder).decode(ids_of(parts))
+
+
+def test_a_long_text_is_encoded_in_blocks_to_the_same_ids(folder):
+    words = random.Random(7).choices(["dog", "Rex!", "中文", "12", "key\n\n", "a\n b", "  x", "🐕"], k=20_000)
+    text = " ".join(words)
+    assert len(text) > 3 * BLOCK_CHARS
+    assert ChatTokenizer(folder).encode(text).tolist() == plain(folder).encode(text).ids
+    for odd in ("\n" * 40_000, "中" * 40_000, "dog\n" * 10_000):
+        assert ChatTokenizer(folder).decode(ChatTokenizer(folder).encode(odd)) == odd
+
+
+def test_blocks_are_bounded_and_cover_the_text():
+    for text in ("ab " * 50, "a" * 100, " " * 100, "a\nb" * 30, "x"):
+        cuts, start = [], 0
+        while start < len(text):
+            end = block_end(text, start, 16)
+            assert start < end <= start + 16
+            cuts.append(text[start:end])
+            start = end
+        assert "".join(cuts) == text
 
 
 def test_prefix_hash_depends_on_everything_before_and_nothing_after(folder):
