@@ -1,0 +1,52 @@
+"""What a shard's keeper is opened with: one plain record, picklable, no Ray and no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DURABILITIES: tuple[str, ...] = ("local",)
+"""When an answer may end: `local` = its tokens are in the journal on this node's disk."""
+
+JOURNAL_SUFFIX = ".journal"
+
+
+def journal_path(journal_dir: Path | str, shard: str) -> Path:
+    """The journal's database of one shard; the handover at a cold start looks for files by this name."""
+    return Path(journal_dir) / f"{shard}{JOURNAL_SUFFIX}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeeperOptions:
+    """All that one `MemoryKeeper` needs to serve its users; whoever makes it has checked the values."""
+
+    model: str
+    """Folder of θ_F, tokenizer and chat template."""
+    store_url: str
+    """Absolute `file://` or `s3://` URL of the memory store."""
+    journal_dir: str
+    """Absolute local folder of journals; this shard's file is `journal`."""
+    shard: str
+    """Name of the shard, `shard-0` and so on."""
+    epoch: int
+    """Fencing epoch that this start of the shard has claimed."""
+    slots: int = 64
+    """Users whose θ_M is resident at once."""
+    mode: str = "mac"
+    rule: str = "sparse"
+    spec_overrides: Mapping[str, object] = field(default_factory=dict)
+    """Knobs of `MemorySpec` that the operator has set; they win over the checkpoint's."""
+    persist_tokens: int = 4096
+    """A new stored version after so many folded tokens of a user."""
+    idle_flush_s: float = 30.0
+    """A user without requests for so long is persisted."""
+    queue_max: int = 256
+    """Requests that may wait in this shard; more are refused with `QueueFull`."""
+    durability: str = "local"
+    seed: int = 0
+    """Of sampling, where a request brings none."""
+
+    @property
+    def journal(self) -> Path:
+        return journal_path(self.journal_dir, self.shard)
