@@ -81,7 +81,7 @@ class InvalidName(TitanmemError, ValueError):
 
 
 class BadMemoryFile(TitanmemError):
-    """A `.titanmem` file that breaks one rule; `file`, `rule`, `expected`, `found` and `advice` are attributes."""
+    """A `.titanmem` file that breaks one rule: `file`, `rule`, `expected`, `found`, `advice`."""
 
     advice_default = "Take the previous version of this memory, or restore it from a snapshot."
 
@@ -124,7 +124,9 @@ class ShapeMismatch(BadMemoryFile):
 class WrongBase(BadMemoryFile):
     """The memory belongs to another model."""
 
-    advice_default = "Serve the model that this memory was made with, or start this user with an empty memory."
+    advice_default = (
+        "Serve the model that this memory was made with, or start this user with an empty memory."
+    )
 
 
 class CorruptIndex(BadMemoryFile):
@@ -158,7 +160,7 @@ class VersionConflict(StoreError):
 
 
 class Fenced(StoreError):
-    """The writer's epoch is over: a newer owner has written. `epoch` is the writer's, `seen` the newer one."""
+    """The writer's epoch is over: a newer owner has written. `epoch` is the writer's, `seen` the newer."""
 
 
 class NoSuchMemory(StoreError):
