@@ -50,3 +50,18 @@ class KeeperOptions:
     @property
     def journal(self) -> Path:
         return journal_path(self.journal_dir, self.shard)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardOptions:
+    """What one start of a shard actor is given."""
+
+    keeper: KeeperOptions
+    buckets: frozenset[int]
+    """Buckets that this shard owns, as of `map_version`."""
+    map_version: int
+    open_keeper: str = "actors.keeper:open_keeper"
+    """`module:function`, an async function of `KeeperOptions`."""
+    set_up: str = ""
+    """`module:function` of the service's name and `otlp_endpoint`, called once in the shard's process; "" = none."""
+    otlp_endpoint: str | None = None

@@ -1,0 +1,143 @@
+"""Pending segments follow their users when buckets have moved between shards while nothing ran. No Ray here.
+
+A journal belongs to a shard and stays on its disk. After a start with another number of shards, a journal may
+hold segments of users that another shard owns now. Before any shard serves, each such user's segments,
+conversation hashes and outcomes go to the new owner's journal, and only when they are durable there are they
+removed from the old one. A crash in between leaves them in both; the next start does it again, and the journal
+takes every update id once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from actors.options import JOURNAL_SUFFIX, journal_path
+from storage.errors import JournalError
+from storage.names import UserKey
+
+LOCK_WAIT_S = 20.0
+"""A killed process takes a moment to go; its lock goes with it."""
+COMMIT_TIMEOUT_S = 60.0
+
+log = logging.getLogger(__name__)
+
+
+class JournalLike(Protocol):
+    """The part of `storage.journal.Journal` that a handover needs."""
+
+    def append(self, segment: Any, seen: Sequence[int] = ()) -> Future[Any]: ...
+    def set_outcome(self, key: UserKey, update_id: str, outcome: dict[str, Any]) -> Future[Any]: ...
+    def outcome(self, key: UserKey, update_id: str) -> dict[str, Any] | None: ...
+    def pending(self, key: UserKey, after_chunk_id: int = 0) -> list[Any]: ...
+    def seen(self, key: UserKey) -> list[int]: ...
+    def users_pending(self) -> Sequence[UserKey]: ...
+    def forget(self, key: UserKey) -> Any: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Handover:
+    """What one handover did."""
+
+    journals: int
+    users: int
+    segments: int
+
+
+def hand_over(
+    journal_dir: Path,
+    owner_of: Callable[[UserKey], str],
+    open_journal: Callable[[Path], JournalLike],
+    *,
+    lock_wait_s: float = LOCK_WAIT_S,
+) -> Handover:
+    """Brings every pending segment in `journal_dir` to the journal of its owner; call it while no shard runs.
+
+    `owner_of` gives the shard's name. Raises `JournalError` (a journal is damaged, full, or still in use by a
+    process that has not ended); nothing is removed then that is not durable in its new place.
+    """
+    users = segments = 0
+    files = sorted(journal_dir.glob(f"*{JOURNAL_SUFFIX}"))
+    with ExitStack() as stack:
+        opened: dict[str, JournalLike] = {}
+
+        def journal_of(shard: str) -> JournalLike:
+            if shard not in opened:
+                path = journal_path(journal_dir, shard)
+                stack.enter_context(locked(path, wait_s=lock_wait_s))
+                opened[shard] = open_journal(path)
+                stack.callback(opened[shard].close)
+            return opened[shard]
+
+        for file in files:
+            shard = file.name.removesuffix(JOURNAL_SUFFIX)
+            source = journal_of(shard)
+            for key in list(source.users_pending()):
+                owner = owner_of(key)
+                if owner != shard:
+                    segments += _move(source, journal_of(owner), key)
+                    users += 1
+    if users:
+        log.info("handed %d segments of %d users to their new shards", segments, users)
+    return Handover(journals=len(files), users=users, segments=segments)
+
+
+def _move(source: JournalLike, target: JournalLike, key: UserKey) -> int:
+    """All of one user, oldest first; returns the number of segments."""
+    pending = source.pending(key)
+    seen = source.seen(key)
+    # The hashes go with the first segment, so that they are there as soon as any segment is.
+    appended = [target.append(segment, seen if n == 0 else ()) for n, segment in enumerate(pending)]
+    for future in appended:
+        future.result(COMMIT_TIMEOUT_S)
+    for segment in pending:
+        outcome = source.outcome(key, segment.update_id)
+        if outcome is not None and target.outcome(key, segment.update_id) is None:
+            target.set_outcome(key, segment.update_id, outcome).result(COMMIT_TIMEOUT_S)
+    gone = source.forget(key)
+    if isinstance(gone, Future):
+        gone.result(COMMIT_TIMEOUT_S)
+    return len(pending)
+
+
+@contextmanager
+def locked(journal: Path, *, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
+    """Holds the lock file beside `journal`: one process at a time has it open, until it ends.
+
+    Raises `JournalError` when another process still holds it after `wait_s`.
+    """
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    path = journal.with_name(journal.name + ".lock")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _lock(descriptor, path, wait_s)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                raise JournalError(
+                    f"{path}: process {holder} still has this journal open after {wait_s:g} s; "
+                    f"end it, or give this cluster a journal folder of its own"
+                ) from None
+            time.sleep(0.05)

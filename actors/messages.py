@@ -1,0 +1,98 @@
+"""What travels between the door (`cluster/`) and a shard: plain records, picklable, no Ray and no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from storage.names import UserKey
+
+MemoryAccess = Literal["read_write", "read_only", "off"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RenderedMessage:
+    """One chat message after the template: its token ids and the hash of the conversation up to and with it."""
+
+    role: str
+    tokens: np.ndarray
+    """int32 [n]: the ids that this message adds to the prompt."""
+    prefix_hash: int
+    """uint64: chained hash of all (role, content) pairs up to this message; equal prefixes have equal hashes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatCall:
+    """One chat completion for one user, already rendered and tokenised."""
+
+    key: UserKey
+    request_id: str
+    """Names this attempt; used to cancel it and in traces."""
+    update_id: str
+    """Exactly-once name of the write; a retry carries the same one."""
+    messages: tuple[RenderedMessage, ...]
+    """The whole conversation as the client sent it; the shard finds out which of it is new."""
+    generation_prompt: np.ndarray
+    """int32 [n]: what the template puts before the assistant's reply."""
+    conversation: str = ""
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    memory: MemoryAccess = "read_write"
+    mode: str | None = None
+    trace: dict[str, str] = field(default_factory=dict)
+    """W3C trace context (`traceparent`, `tracestate`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenEvent:
+    """Newly generated ids, in order."""
+
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DoneEvent:
+    """The reply has ended and everything it acknowledges is in the journal."""
+
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    memory_version: int
+    tokens_written: int
+    """Tokens of this turn whose surprise was over the threshold."""
+    surprise: float
+    """Largest normalised surprise of this turn, 0 when nothing was offered."""
+    text: str = ""
+    """The whole reply, stop strings already cut."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IngestCall:
+    """A piece of a document, at most SEGMENT_TOKENS_MAX ids."""
+
+    key: UserKey
+    update_id: str
+    conversation: str
+    """Name of the document: pieces of one document follow each other in one context."""
+    tokens: np.ndarray
+    """int32 [n]."""
+    last: bool = False
+    """True for the document's last piece."""
+    trace: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IngestOutcome:
+    """What one piece did; the same again for a repeated update id."""
+
+    tokens: int
+    chunks: int
+    tokens_written: int
+    memory_version: int
+    duplicate: bool = False

@@ -1,0 +1,284 @@
+"""`MemoryShard`, the Ray actor: one keeper behind an ownership check, the single writer of its users.
+
+Concurrency groups: a group has an event loop and a thread of its own in Ray. The keeper lives on the default
+group's loop; `admin` methods hop over to it without waiting behind the default group's calls; `health` methods
+touch nothing but plain fields, so they answer while everything else is busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import ray
+
+from actors.errors import BucketNotOwned, ShardNotOpen
+from actors.handover import locked
+from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
+from actors.options import ShardOptions
+from actors.ownership import Gate, confirm
+from storage.errors import Fenced
+from storage.names import UserKey, bucket_of
+from storage.store import open_store
+from titanmem import tracing
+
+FENCED_EXIT_CODE = 4
+FENCED_EXIT_S = 0.25
+"""Time for the answer `Fenced` to leave before the process does."""
+EARLY_CANCELS_MAX = 1024
+"""Cancels remembered that came before their request."""
+CALLS_MAX = 16_384
+"""Calls in flight in one shard; far over the keeper's own `queue_max`, which is what answers 429."""
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def resolve(path: str) -> Any:
+    """The object that `module:name` names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _leave() -> None:
+    """Ends this process at once: a fenced writer must not flush anything on its way out."""
+    os._exit(FENCED_EXIT_CODE)
+
+
+class MemoryShard:
+    """The calls of `MemoryKeeper`, for the buckets that this shard owns.
+
+    Every call that names a user takes the caller's `epoch` of this shard. `BucketNotOwned` and `ShardNotOpen`
+    mean that nothing was looked at; `Fenced` means that nothing was acknowledged, and the process ends.
+    """
+
+    def __init__(self, options: ShardOptions, leave: Callable[[], None] = _leave) -> None:
+        self._options = options
+        self._shard = options.keeper.shard
+        self._epoch = options.keeper.epoch
+        self._leave = leave
+        self._state = "starting"
+        self._keeper: Any = None
+        self._gate: Gate | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._held = ExitStack()
+        self._chats: dict[str, asyncio.Task[Any]] = {}
+        self._early_cancels: OrderedDict[str, None] = OrderedDict()
+        self._fence: BaseException | None = None
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    async def open(self) -> dict[str, Any]:
+        """Opens store, journal lock and keeper; returns `ping`. Raises what keeps it from opening."""
+        options = self._options
+        self._loop = asyncio.get_running_loop()
+        if options.set_up:
+            resolve(options.set_up)(self._shard, options.otlp_endpoint)
+        store = await asyncio.to_thread(open_store, options.keeper.store_url)
+        read = partial(confirm, store, self._shard, self._epoch)
+        await asyncio.to_thread(read)
+        await asyncio.to_thread(self._held.enter_context, locked(options.keeper.journal))
+        self._gate = Gate(read)
+        self._keeper = await resolve(options.open_keeper)(options.keeper)
+        self._state = "ready"
+        log.info("%s serves %d buckets, epoch %d", self._shard, len(options.buckets), self._epoch)
+        return self._about()
+
+    async def close(self) -> None:
+        """Takes no more calls, stores every memory that is not stored yet, and lets go of the journal."""
+        if self._keeper is not None and self._state in ("ready", "draining"):
+            self._state = "stopped"
+            await self._keeper.close()
+            self._held.close()
+
+    @ray.method(concurrency_group="health")
+    async def ping(self) -> dict[str, Any]:
+        """State, epoch, process; answers while the shard is busy."""
+        return self._about()
+
+    @ray.method(concurrency_group="health")
+    async def until_dead(self) -> None:
+        """Never returns: a caller learns of the process's end from the error of this call."""
+        await asyncio.Event().wait()
+
+    @ray.method(concurrency_group="health")
+    async def drain(self) -> None:
+        """From now on `ping` says draining; calls are still served."""
+        if self._state == "ready":
+            self._state = "draining"
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "shard": self._shard,
+            "state": self._state,
+            "epoch": self._epoch,
+            "buckets": len(self._options.buckets),
+            "map_version": self._options.map_version,
+            "pid": os.getpid(),
+            "chats": len(self._chats),
+            "unconfirmed": self._gate.unconfirmed if self._gate else 0,
+        }
+
+    # -- the data path ----------------------------------------------------------------------------------------
+
+    @ray.method(num_returns="streaming")
+    async def chat(self, call: ChatCall, epoch: int) -> AsyncIterator[TokenEvent | DoneEvent]:
+        """The keeper's events; `DoneEvent` comes after the ownership check. Cancelling the call ends it at once."""
+        keeper = self._admit(call.key, epoch)
+        if self._early_cancels.pop(call.request_id, self) is None:
+            return
+        span = tracing.tracer().start_span("shard chat", context=tracing.context_of(call.trace))
+        span.set_attribute("titan.shard", self._shard)
+        events = keeper.chat(replace(call, trace=tracing.inject(tracing.context_with(span))))
+        task = asyncio.current_task()
+        assert task is not None, "Ray runs a streaming call as a task"
+        self._chats[call.request_id] = task
+        try:
+            async for event in events:
+                if isinstance(event, DoneEvent):
+                    await self._confirm()
+                yield event
+        except BaseException as error:
+            tracing.failed(span, error)
+            self._noticed(error)
+            raise
+        finally:
+            if self._chats.get(call.request_id) is task:
+                del self._chats[call.request_id]
+            await events.aclose()
+            span.end()
+
+    @ray.method(concurrency_group="health")
+    async def cancel(self, request_id: str) -> bool:
+        """Ends the chat of that name now, or as soon as it arrives; True if it was running."""
+        assert self._loop is not None or not self._chats
+        task = self._chats.get(request_id)
+        if task is None or self._loop is None:
+            self._early_cancels[request_id] = None
+            while len(self._early_cancels) > EARLY_CANCELS_MAX:
+                self._early_cancels.popitem(last=False)
+            return False
+        self._loop.call_soon_threadsafe(task.cancel)
+        return True
+
+    async def ingest(self, call: IngestCall, epoch: int) -> IngestOutcome:
+        keeper = self._admit(call.key, epoch)
+        with tracing.continued(call.trace, "shard ingest", titan__shard=self._shard):
+            return await self._acknowledged(keeper.ingest(replace(call, trace=tracing.inject())))
+
+    # -- one user's memory ------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="admin")
+    async def describe(self, key: UserKey, epoch: int) -> dict[str, Any]:
+        record = await self._here(self._admit(key, epoch).describe(key))
+        return {**record, "shard": self._shard, "epoch": self._epoch}
+
+    @ray.method(concurrency_group="admin")
+    async def versions(self, key: UserKey, epoch: int) -> list[dict[str, Any]]:
+        return await self._here(self._admit(key, epoch).versions(key))
+
+    @ray.method(concurrency_group="admin")
+    async def rollback(self, key: UserKey, epoch: int, to: int | None) -> dict[str, Any]:
+        return await self._here(self._acknowledged(self._admit(key, epoch).rollback(key, to)))
+
+    @ray.method(concurrency_group="admin")
+    async def pin(self, key: UserKey, epoch: int) -> dict[str, Any]:
+        return await self._here(self._acknowledged(self._admit(key, epoch).pin(key)))
+
+    @ray.method(concurrency_group="admin")
+    async def export(self, key: UserKey, epoch: int) -> bytes:
+        return await self._here(self._admit(key, epoch).export(key))
+
+    @ray.method(concurrency_group="admin")
+    async def import_(self, key: UserKey, epoch: int, data: bytes) -> dict[str, Any]:
+        return await self._here(self._acknowledged(self._admit(key, epoch).import_(key, data)))
+
+    @ray.method(concurrency_group="admin")
+    async def forget(self, key: UserKey, epoch: int) -> dict[str, Any]:
+        return await self._here(self._acknowledged(self._admit(key, epoch).forget(key)))
+
+    # -- the whole shard --------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="admin")
+    async def users(self) -> list[dict[str, Any]]:
+        return await self._here(self._serving().users())
+
+    @ray.method(concurrency_group="admin")
+    async def flush(self) -> int:
+        """Stores every memory that is not stored yet; returns how many."""
+        return await self._here(self._serving().flush())
+
+    @ray.method(concurrency_group="admin")
+    async def snapshot_part(self, snapshot_id: str, target_url: str, include_model: bool) -> dict[str, Any]:
+        return await self._here(self._serving().snapshot_part(snapshot_id, target_url, include_model))
+
+    @ray.method(concurrency_group="admin")
+    async def stats(self) -> dict[str, Any]:
+        return {**self._about(), **await self._here(self._serving().stats())}
+
+    @ray.method(concurrency_group="admin")
+    async def metrics(self) -> bytes:
+        return await self._here(self._serving().metrics())
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _serving(self) -> Any:
+        if self._state not in ("ready", "draining"):
+            raise ShardNotOpen(self._shard, self._state)
+        return self._keeper
+
+    def _admit(self, key: UserKey, epoch: int) -> Any:
+        keeper = self._serving()
+        bucket = bucket_of(key)
+        # A caller with an older epoch has an old map that still names the right shard; one with a newer epoch
+        # knows of a successor.
+        if bucket not in self._options.buckets or epoch > self._epoch:
+            raise BucketNotOwned(self._shard, bucket, self._epoch)
+        return keeper
+
+    async def _acknowledged(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, once this shard is known to be still the owner."""
+        try:
+            result = await work
+            await self._confirm()
+            return result
+        except Fenced as error:
+            self._noticed(error)
+            raise
+
+    async def _confirm(self) -> None:
+        assert self._gate is not None, "an open shard has a gate"
+        await self._gate.confirm()
+
+    def _noticed(self, error: BaseException) -> None:
+        """A fenced shard serves nobody from here on, and ends as soon as its answer is out."""
+        if isinstance(error, Fenced) and self._fence is None:
+            self._fence = error
+            self._state = "fenced"
+            log.warning("%s is fenced and ends: %s", self._shard, error)
+            asyncio.get_running_loop().call_later(FENCED_EXIT_S, self._leave)
+
+    async def _here(self, work: Coroutine[Any, Any, T]) -> T:
+        """`work` on the keeper's loop, whichever loop the caller runs on."""
+        assert self._loop is not None, "an open shard has a loop"
+        if asyncio.get_running_loop() is self._loop:
+            return await work
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+
+ShardActor = ray.remote(
+    num_cpus=0,
+    num_gpus=1,
+    max_restarts=0,
+    max_task_retries=0,
+    max_concurrency=CALLS_MAX,
+    concurrency_groups={"admin": 64, "health": 256},
+)(MemoryShard)
