@@ -28,7 +28,7 @@ help:  ## this list
 	@echo "    MODEL=$(or $(MODEL),(the small model that ships with titanmem))"
 	@echo "    STORE=$(or $(STORE),(file:// under ./var))"
 
-install: $(VENV)/.installed  ## make $(VENV) and install titanmem into it
+install: $(VENV)/.installed  ## make the environment .venv and install titanmem into it
 
 install-dev: $(VENV)/.installed-dev  ## the same with what the tests need
 

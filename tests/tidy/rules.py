@@ -1,6 +1,6 @@
 """The house rules as functions: a folder in, a list of "file:line: what is wrong" out.
 
-They read source with `ast` and import nothing of what they check, so they take a second and need no torch or Ray.
+They read source with `ast` and import nothing of what they check: a second each, and no torch or Ray.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def python_files(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def text_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """All texts that people wrote: sources, manifests, docs, the Makefile; not what tools made, nor examples."""
+    """All texts that people wrote: sources, manifests, docs; not what tools made, nor the examples."""
     for path in sorted(root.rglob("*")):
         parts = path.relative_to(root).parts
         hidden = any(part.startswith(".") and part not in {".ci", ".gitignore"} for part in parts)
