@@ -1,0 +1,141 @@
+"""`titanmem bench`: the measurements of the README, repeatable."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+
+from cluster.commands.serve import Mode
+from cluster.commands.terminal import JsonOption, byte_count, emit, note, progress_bar, show_table
+
+app = typer.Typer(help="Measurements: recall over long texts.", no_args_is_help=True)
+
+LENGTHS = "65536,262144,1048576,2097152"
+LENGTH_MAX = 1 << 28
+Z_95 = 1.959963984540054
+"""Quantile of the normal distribution that leaves 5 % outside on both sides together."""
+
+
+@app.callback()
+def bench() -> None:
+    """Measurements: recall over long texts."""
+
+
+class Rule(StrEnum):
+    """Update rule of the memory."""
+
+    sparse = "sparse"
+    titans = "titans"
+
+
+@app.command(epilog="Example: titanmem bench needle --lengths 65536,262144 --queries 20 --json")
+def needle(
+    lengths: Annotated[
+        str, typer.Option("--lengths", help="Tokens of each haystack, with commas.")
+    ] = LENGTHS,
+    needles: Annotated[
+        Path | None,
+        typer.Option("--needles", exists=True, dir_okay=False, help="JSON lines: fact, question, answer."),
+    ] = None,
+    haystack: Annotated[
+        Path | None, typer.Option("--haystack", exists=True, dir_okay=False, help="Text to hide them in.")
+    ] = None,
+    mode: Annotated[Mode, typer.Option("--mode", help="How memory meets attention.")] = Mode.mac,
+    rule: Annotated[Rule, typer.Option("--rule", help="Update rule of the memory.")] = Rule.sparse,
+    depths: Annotated[int, typer.Option("--depths", min=1, max=1000, help="Places to hide needles at.")] = 10,
+    queries: Annotated[int, typer.Option("--queries", min=1, max=100_000, help="Questions a run.")] = 20,
+    runs: Annotated[int, typer.Option("--runs", min=1, max=1000, help="Runs, each with other needles.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of needles and places.")] = 0,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Model folder; default: the one that ships.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Hide facts in a long text, ask for them in a new conversation, and count the right answers."""
+    wanted = _lengths(lengths)
+    note("loading the model …")
+    from titanmem.bench import NeedleOptions, run_needle_bench
+
+    options = NeedleOptions(
+        lengths=wanted,
+        needles=needles,
+        haystack=haystack,
+        mode=mode.value,
+        rule=rule.value,
+        depths=depths,
+        queries=queries,
+        runs=runs,
+        seed=seed,
+        model=model,
+    )
+    bar = progress_bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with bar:
+        task = bar.add_task("needles", total=1.0)
+
+        def report(what: str, share: float) -> None:
+            bar.update(task, completed=share, description=what)
+
+        result = run_needle_bench(options, report)
+    if json:
+        emit(result)
+    else:
+        show_needles(result)
+
+
+def show_needles(result: dict[str, Any]) -> None:
+    """The recall of each length with its 95 % interval, and what it cost."""
+    rows = []
+    for row in result["lengths"]:
+        low, high = wilson(round(row["recall"] * row["queries"]), row["queries"])
+        rows.append(
+            (
+                f"{row['tokens']:,}",
+                row["queries"],
+                f"{row['recall']:.1%}",
+                f"{low:.1%} to {high:.1%}",
+                f"{row['ttft_ms']:.0f} ms",
+                byte_count(row["state_bytes"]),
+                f"{row['ingest_tokens_per_s']:,.0f}",
+                f"{row['written_share']:.3%}",
+            )
+        )
+    title = (
+        f"needles: mode {result['mode']}, rule {result['rule']}, "
+        f"chunk {result['chunk_size']}, window {result['window']}"
+    )
+    columns = ("tokens", "queries", "recall", "95 % interval", "first token", "state", "tokens/s", "written")
+    show_table(columns, rows, title=title)
+
+
+def wilson(hits: int, trials: int, z: float = Z_95) -> tuple[float, float]:
+    """Wilson's score interval of a share: holds at 0 and 1, where the normal one has no width.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+    """
+    if not 0 <= hits <= trials or trials == 0:
+        raise ValueError(f"hits: {hits} of {trials} trials is no share")
+    share = hits / trials
+    middle = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise typer.BadParameter("--lengths: whole numbers with commas between, like 65536,262144") from error
+    if not found or not all(1 <= length <= LENGTH_MAX for length in found):
+        raise typer.BadParameter(f"--lengths: each from 1 to {LENGTH_MAX}")
+    return found
