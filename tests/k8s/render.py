@@ -92,6 +92,8 @@ def pod_templates(manifest: Manifest) -> dict[str, Manifest]:
         ray = spec["rayClusterConfig"]
         groups = {group["groupName"]: group["template"] for group in ray["workerGroupSpecs"]}
         return {"head": ray["headGroupSpec"]["template"], **groups}
+    if manifest["kind"] == "Pod":
+        return {manifest["metadata"]["name"]: manifest}
     if manifest["kind"] == "CronJob":
         return {manifest["metadata"]["name"]: spec["jobTemplate"]["spec"]["template"]}
     assert "template" not in spec, f"{manifest['kind']} starts pods, and the tests do not look at them"

@@ -23,7 +23,7 @@ FROZEN_NODE_S_MAX = 3.0
 
 @pytest.fixture(scope="module", params=list(KUSTOMIZATIONS))
 def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
-    return render(KUSTOMIZATIONS[request.param])
+    return render(KUSTOMIZATIONS[request.param]) + load_yaml(K8S / "toolbox.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def project() -> dict[str, Any]:
     return tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def one(manifests: list[Manifest], kind: str) -> Manifest:
-    found = [manifest for manifest in manifests if manifest["kind"] == kind]
+def one(manifests: list[Manifest], kind: str, name: str | None = None) -> Manifest:
+    found = [m for m in manifests if m["kind"] == kind and name in (None, m["metadata"]["name"])]
     assert len(found) == 1
     return found[0]
 
@@ -74,14 +74,15 @@ def test_every_variable_is_a_field(manifests: list[Manifest]) -> None:
     assert ours <= fields
 
 
-@pytest.mark.parametrize("name", ["TITANMEM_API_KEYS"])
-def test_the_placeholders_are_refused(manifests: list[Manifest], name: str) -> None:
-    with pytest.raises(ValueError, match="api_keys"):
-        load(env=config_data(manifests) | {name: example_secret()[name]})
+def test_the_placeholders_are_refused(manifests: list[Manifest]) -> None:
+    with pytest.raises(ValueError, match="without spaces"):
+        load(env=config_data(manifests) | example_secret())
 
 
 def test_only_one_job_makes_the_backups(manifests: list[Manifest]) -> None:
-    assert one(manifests, "CronJob")["spec"]["schedule"]
+    backup = one(manifests, "CronJob", "titanmem-snapshot")
+    assert containers(backup)[0]["command"][:3] == ["titanmem", "snapshot", "create"]
+    assert backup["spec"]["concurrencyPolicy"] == "Forbid"
     assert float(config_data(manifests)["TITANMEM_SNAPSHOT_INTERVAL_S"]) == 0
 
 
@@ -123,7 +124,8 @@ def test_one_port_everywhere(manifests: list[Manifest]) -> None:
     service = one(manifests, "Service")
     assert service["spec"]["ports"] == [{"name": "http", "port": port, "targetPort": "serve"}]
     url = f"http://{service['metadata']['name']}:{port}"
-    assert {"name": "TITANMEM_URL", "value": url} in containers(one(manifests, "CronJob"))[0]["env"]
+    for caller in (one(manifests, "CronJob", "titanmem-snapshot"), one(manifests, "Pod")):
+        assert {"name": "TITANMEM_URL", "value": url} in containers(caller)[0]["env"]
     rules = one(manifests, "NetworkPolicy")["spec"]["ingress"]
     assert {"from": [{"namespaceSelector": {}}], "ports": [{"port": port}]} in rules
     assert f"EXPOSE {port}\n" in (REPO / "Dockerfile").read_text(encoding="utf-8")
@@ -187,7 +189,8 @@ def test_names_that_are_referred_to_exist(manifests: list[Manifest]) -> None:
 
 
 def test_one_image_of_this_release(manifests: list[Manifest], project: dict[str, Any]) -> None:
-    images = {container["image"] for manifest in manifests for container in containers(manifest)}
+    images = {c["image"] for m in manifests if m["kind"] != "Pod" for c in containers(m)}
+    assert [c["image"] for c in containers(one(manifests, "Pod"))] == [f"titanmem:{project['version']}"]
     gpu = any("nvidia.com/gpu" in c["resources"]["limits"] for m in manifests for c in containers(m))
     assert images == {f"titanmem:{project['version']}{'-cuda' if gpu else ''}"}
     assert f"-t {images.pop()} " in (REPO / "Dockerfile").read_text(encoding="utf-8")
@@ -225,8 +228,9 @@ def test_the_image_holds_every_room() -> None:
 
 
 def test_commands_exist(manifests: list[Manifest]) -> None:
-    commands = [c["command"] for manifest in manifests for c in containers(manifest) if "command" in c]
-    assert commands
+    started = [c for m in manifests if m["kind"] != "Pod" for c in containers(m)]
+    commands = [container["command"] for container in started if "command" in container]
+    assert len(commands) == 2
     for command in commands:
         cli.check(command)
 

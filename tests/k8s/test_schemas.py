@@ -12,7 +12,8 @@ import pytest
 from tests.k8s import render, schemas
 from tests.k8s.render import K8S, KUSTOMIZATIONS, Manifest
 
-EXAMPLE_SECRET = K8S / "secret.example.yaml"
+BY_HAND = (K8S / "secret.example.yaml", K8S / "toolbox.yaml")
+"""Applied by people, not by the kustomizations."""
 
 
 def named(manifests: list[Manifest]) -> dict[tuple[str, str], Manifest]:
@@ -23,11 +24,11 @@ def named(manifests: list[Manifest]) -> dict[tuple[str, str], Manifest]:
 
 @pytest.mark.parametrize("name", KUSTOMIZATIONS)
 def test_every_manifest_is_valid(name: str) -> None:
-    manifests = render.render(KUSTOMIZATIONS[name]) + render.load(EXAMPLE_SECRET)
+    manifests = render.render(KUSTOMIZATIONS[name]) + [m for path in BY_HAND for m in render.load(path)]
     kinds = {manifest["kind"] for manifest in manifests}
     assert kinds == {
         "Namespace", "ServiceAccount", "Role", "RoleBinding", "ConfigMap", "Secret", "PersistentVolumeClaim",
-        "RayService", "Service", "NetworkPolicy", "PodDisruptionBudget", "CronJob",
+        "RayService", "Service", "NetworkPolicy", "PodDisruptionBudget", "CronJob", "Pod",
     }  # fmt: skip
     for manifest in manifests:
         schemas.check(manifest)
@@ -42,7 +43,7 @@ def test_the_plain_loader_agrees_with_kubectl(name: str) -> None:
 
 
 def test_every_file_is_used() -> None:
-    listed: set[Path] = {EXAMPLE_SECRET}
+    listed: set[Path] = set(BY_HAND)
     for folder in KUSTOMIZATIONS.values():
         kustomization = render.yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))
         names = kustomization["resources"] + [patch["path"] for patch in kustomization.get("patches", [])]
@@ -69,7 +70,7 @@ def put(*path: str | int, value: Any) -> Callable[[Manifest], None]:
         place: Any = manifest
         for part in path[:-1]:
             place = place[part]
-        assert path[-1] in place or isinstance(place, list)
+        assert path[-1] in place
         place[path[-1]] = value
 
     return plant
