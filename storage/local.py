@@ -1,0 +1,230 @@
+"""Objects as files in a folder: `file:///path`.
+
+A write goes to a temporary name in the same folder, is flushed to the disk, renamed, and the folder flushed;
+a reader sees the old content or the new. Writers of one folder take turns under an flock, so that a
+conditional write compares and renames in one step, whichever processes share the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+from storage.errors import StoreUnavailable, VersionConflict
+from storage.objects import ObjectInfo, check_object_name, check_prefix, probe_conditions
+
+LOCK_FILES = 64
+_LOCKS = ".locks"
+_WRITE, _COPY = ".write-", ".copy-"
+_COPY_STALE_S = 86_400.0
+_NO_OBJECT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+def _tag(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class LocalObjects:
+    """`Objects` in the folder `root`, which is made at the first write.
+
+    `lock_timeout_s`: how long a write waits for other writers of its folder before `StoreUnavailable`.
+    """
+
+    def __init__(self, root: Path, *, lock_timeout_s: float = 10.0) -> None:
+        self.root = Path(root).absolute()
+        self.url = f"file://{self.root}"
+        self._lock_timeout_s = lock_timeout_s
+
+    def get(self, name: str) -> tuple[bytes, str] | None:
+        with self._reporting("read", name):
+            try:
+                data = self._path(name).read_bytes()
+            except _NO_OBJECT:
+                return None
+            return data, _tag(data)
+
+    def put(self, name: str, data: bytes, *, if_tag: str | None = None, if_absent: bool = False) -> str:
+        path = self._path(name)
+        with self._reporting("write", name), self._locked(path.parent):
+            if if_absent or if_tag is not None:
+                self._check_precondition(name, if_tag)
+            temporary = self._temporary(path, _WRITE)
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._swap_in(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        return _tag(data)
+
+    def put_file(self, name: str, path: Path) -> None:
+        target = self._path(name)
+        with self._reporting("write", name):
+            temporary = self._temporary(target, _COPY)
+            try:
+                with open(path, "rb") as source, open(temporary, "xb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
+                    file.flush()
+                    os.fsync(file.fileno())
+                with self._locked(target.parent):
+                    self._swap_in(temporary, target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+    def get_range(self, name: str, start: int, length: int) -> bytes:
+        with self.open_read(name) as file, self._reporting("read", name):
+            file.seek(start)
+            return file.read(length)
+
+    def open_read(self, name: str) -> BinaryIO:
+        with self._reporting("read", name), contextlib.suppress(*_NO_OBJECT):
+            return open(self._path(name), "rb")
+        raise FileNotFoundError(f"{self.url}: no object {name}")
+
+    def delete(self, name: str) -> None:
+        path = self._path(name)
+        with self._reporting("delete", name):
+            if not path.parent.is_dir():
+                return
+            with self._locked(path.parent):
+                try:
+                    path.unlink()
+                except (FileNotFoundError, IsADirectoryError):
+                    return
+                _flush_folder(path.parent)
+                self._remove_empty(path.parent)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        check_prefix(prefix)
+        folder = prefix.rpartition("/")[0]
+        with self._reporting("list", prefix):
+            yield from self._walk(self.root / folder, f"{folder}/" if folder else "", prefix)
+
+    def probe(self) -> None:
+        probe_conditions(self)
+
+    def _path(self, name: str) -> Path:
+        return self.root / check_object_name(name)
+
+    def _check_precondition(self, name: str, if_tag: str | None) -> None:
+        current = self.get(name)
+        found = current[1] if current else None
+        if found != if_tag:
+            raise VersionConflict(
+                f"{self.url}: {name}: expected {if_tag or 'nothing'}, the store holds {found or 'nothing'}",
+                name=name,
+                expected=if_tag,
+                found=found,
+            )
+
+    def _temporary(self, path: Path, kind: str) -> Path:
+        """A free name beside `path`; sweeps what crashed writers left. `_WRITE` needs the folder's lock."""
+        self._make_folder(path.parent)
+        with os.scandir(path.parent) as entries:
+            for entry in entries:
+                is_copy = entry.name.startswith(_COPY)
+                if is_copy and time.time() - entry.stat().st_mtime < _COPY_STALE_S:
+                    continue
+                if is_copy or (kind == _WRITE and entry.name.startswith(_WRITE)):
+                    os.unlink(entry.path)
+        return path.parent / f"{kind}{secrets.token_hex(8)}"
+
+    def _swap_in(self, temporary: Path, path: Path) -> None:
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+
+    def _make_folder(self, folder: Path) -> None:
+        """Makes `folder` durably: each new folder is flushed into the one that holds it."""
+        while not folder.is_dir():
+            new = folder
+            while not new.parent.is_dir():
+                new = new.parent
+            # A parent that a deletion has just found empty may vanish here: then look again.
+            with contextlib.suppress(FileNotFoundError):
+                new.mkdir(exist_ok=True, mode=0o700)
+                _flush_folder(new.parent)
+
+    def _remove_empty(self, folder: Path) -> None:
+        while folder != self.root:
+            try:
+                folder.rmdir()
+            except OSError:
+                return  # not empty, or somebody else was faster
+            folder = folder.parent
+
+    def _walk(self, folder: Path, begin: str, prefix: str) -> Iterator[ObjectInfo]:
+        """Objects under `folder`, whose names begin with `begin`, ordered by whole names, as S3 does it."""
+        try:
+            with os.scandir(folder) as entries:
+                found = [(e.name + "/" if e.is_dir() else e.name, e) for e in entries if e.name[0] != "."]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for local_name, entry in sorted(found, key=lambda pair: pair[0]):
+            name = begin + local_name
+            if local_name.endswith("/"):
+                if name.startswith(prefix) or prefix.startswith(name):
+                    yield from self._walk(Path(entry.path), name, prefix)
+            elif name.startswith(prefix):
+                try:
+                    stat = entry.stat()
+                except FileNotFoundError:
+                    continue  # deleted while we listed
+                yield ObjectInfo(name, stat.st_size, datetime.fromtimestamp(stat.st_mtime, UTC))
+
+    @contextlib.contextmanager
+    def _locked(self, folder: Path) -> Iterator[None]:
+        """Holds the lock of `folder` against threads and processes; gives up after `lock_timeout_s`."""
+        number = xxhash.xxh3_64_intdigest(str(folder.relative_to(self.root)).encode()) % LOCK_FILES
+        self._make_folder(self.root / _LOCKS)
+        handle = os.open(self.root / _LOCKS / f"{number:02x}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            deadline, pause_s = time.monotonic() + self._lock_timeout_s, 0.0005
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise StoreUnavailable(
+                            f"{self.url}: another process has held the lock {_LOCKS}/{number:02x} for over "
+                            f"{self._lock_timeout_s} s. Find it with `fuser` and end it if it hangs."
+                        ) from None
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, 0.02)
+            yield
+        finally:
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def _reporting(self, what: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreUnavailable(
+                f"{self.url}: can not {what} {name or 'the folder'}: {error.strerror or error}. "
+                "Check that the folder exists, is writable and has room.",
+                name=name,
+                errno=error.errno,
+            ) from error
