@@ -99,14 +99,25 @@ def test_every_shard_finds_a_gpu(manifests: list[Manifest]) -> None:
 def test_the_journal_lies_on_the_claimed_volume(manifests: list[Manifest]) -> None:
     claim = one(manifests, "PersistentVolumeClaim")
     assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
-    for group in workers(manifests):
-        assert group["maxReplicas"] == 1, "two pods would wait for one volume"
-        spec = group["template"]["spec"]
-        volumes = {volume["name"]: volume for volume in spec["volumes"]}
-        mounts = {m["mountPath"]: volumes[m["name"]] for m in spec["containers"][0]["volumeMounts"]}
-        journal = Path(config_data(manifests)["TITANMEM_JOURNAL_DIR"])
+    assert [group["maxReplicas"] for group in workers(manifests)] == [1], "two pods would wait for one disk"
+    journal = Path(config_data(manifests)["TITANMEM_JOURNAL_DIR"])
+    for template in ray_pods(manifests).values():
+        volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+        mounts = {
+            m["mountPath"]: volumes[m["name"]] for m in template["spec"]["containers"][0]["volumeMounts"]
+        }
         holding = [mounts[str(folder)] for folder in journal.parents if str(folder) in mounts]
         assert [v["persistentVolumeClaim"]["claimName"] for v in holding] == [claim["metadata"]["name"]]
+
+
+def test_the_head_is_on_the_node_of_the_disk(manifests: list[Manifest]) -> None:
+    pods = ray_pods(manifests)
+    head = pods.pop("head")["spec"]
+    (rule,) = head["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert rule["topologyKey"] == "kubernetes.io/hostname"
+    for worker in pods.values():
+        assert rule["labelSelector"]["matchLabels"].items() <= worker["metadata"]["labels"].items()
+        assert head.get("tolerations") == worker["spec"].get("tolerations"), "it could not follow"
 
 
 # ports, names and labels
