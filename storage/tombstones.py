@@ -1,0 +1,67 @@
+"""Tombstones: who was erased, so that neither a restore nor a late write brings them back."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import datetime
+from typing import Any
+
+from storage.errors import Forgotten, StoreUnavailable, StoreUnfit, VersionConflict
+from storage.head import Head
+from storage.header import write_time
+from storage.names import UserKey
+from storage.records import SWAP_ATTEMPTS_MAX, RecordStore
+
+
+class Tombstones:
+    """The records under `tombstones/`; one stays for good, so that old backups stay barred."""
+
+    def __init__(self, records: RecordStore) -> None:
+        self._records = records
+
+    def read(self, key: UserKey) -> tuple[dict[str, Any], str] | None:
+        """The record and its tag. Raises `StoreUnfit` when it is none of ours."""
+        found = self._records.read_record(_name(key))
+        if found is not None and not {"epoch", "cleared", "forgotten_at"} <= set(found[0]):
+            raise StoreUnfit(f"{_name(key)}: this record is no tombstone", name=_name(key))
+        return found
+
+    def raise_one(self, key: UserKey, epoch: int, now: datetime) -> None:
+        """Writes the tombstone of a user, in force from now on."""
+        for _ in range(SWAP_ATTEMPTS_MAX):
+            old = self.read(key)
+            record = {
+                "tenant": key.tenant,
+                "user": key.user,
+                "forgotten_at": write_time(now),
+                "epoch": max(epoch, old[0]["epoch"] if old else 0),
+                "cleared": False,
+            }
+            with contextlib.suppress(VersionConflict):
+                tag = old[1] if old else None
+                self._records.write_record(_name(key), record, if_tag=tag, if_absent=old is None)
+                return
+        raise StoreUnavailable(f"{_name(key)}: too many writers at once; try again", name=_name(key))
+
+    def clear(self, key: UserKey, epoch: int) -> None:
+        """Lets the user begin anew; the time of the erasure stays known. Raises `Fenced`."""
+        found = self.read(key)
+        if found is None or found[0]["cleared"]:
+            return
+        Head(epoch=found[0]["epoch"], versions=()).check_epoch(key, epoch)
+        record = {**found[0], "cleared": True, "epoch": epoch}
+        self._records.write_record(_name(key), record, if_tag=found[1])
+
+    def admit(self, key: UserKey, epoch: int) -> None:
+        """Raises `Forgotten` while the user's tombstone is in force, `Fenced` for a writer older than it."""
+        found = self.read(key)
+        if found is None:
+            return
+        Head(epoch=found[0]["epoch"], versions=()).check_epoch(key, epoch)
+        if not found[0]["cleared"]:
+            when = found[0]["forgotten_at"]
+            raise Forgotten(f"{key}: erased at {when}, and not stored again by itself", key=str(key))
+
+
+def _name(key: UserKey) -> str:
+    return f"tombstones/{key.tenant}/{key.user}"
