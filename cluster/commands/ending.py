@@ -19,7 +19,10 @@ LINE_CHARS_MAX = 1000
 
 def _version(wanted: bool) -> None:
     if wanted:
-        say(f"titanmem {importlib.metadata.version('titanmem')}")
+        try:
+            say(f"titanmem {importlib.metadata.version('titanmem')}")
+        except importlib.metadata.PackageNotFoundError:
+            say("titanmem, run from its sources")
         raise typer.Exit
 
 

@@ -58,9 +58,9 @@ def create(
 @app.command("list", epilog="Example: titanmem snapshot list --target file:///srv/snapshots")
 def list_snapshots(target: TargetOption = None, json: JsonOption = False) -> None:
     """List the finished snapshots, newest first."""
+    url = _target_url(target)
     from storage import snapshot
 
-    url = _target_url(target)
     with waiting(f"reading {url}"):
         rows = [_plain(info) for info in snapshot.list_snapshots(_open(url))]
     if json:
@@ -105,13 +105,14 @@ def restore(
         raise typer.BadParameter("--store URL says which store to fill")
     if (id_ is None) == (at is None):
         raise typer.BadParameter("give either the ID of a snapshot or --at TIME")
+    url, store_url = _target_url(target), _store_url(store)
+    time = _time(at) if at else None
     from storage import snapshot
     from storage.store import open_store
 
-    url = _target_url(target)
     objects = _open(url)
-    chosen = id_ or _nearest(objects, _time(at or ""), url)
-    memories = open_store(_store_url(store))
+    chosen = id_ or _nearest(objects, time or datetime.now(UTC), url)
+    memories = open_store(store_url)
     bar = progress_bar()
     with bar:
         task = bar.add_task(f"restoring {chosen}", total=None)
@@ -211,9 +212,5 @@ def _nearest(objects: Objects, at: datetime, url: str) -> str:
 
 def _plain(value: Any) -> dict[str, Any]:
     """A record of storage's as JSON values."""
-    fields = (
-        dataclasses.asdict(value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type)
-        else dict(value)
-    )
-    return {n: v.isoformat() if isinstance(v, datetime) else v for n, v in fields.items()}
+    fields: dict[str, Any] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+    return {name: part.isoformat() if isinstance(part, datetime) else part for name, part in fields.items()}

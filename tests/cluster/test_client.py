@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -33,7 +34,7 @@ def delta(text: str) -> dict[str, object]:
     return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
 
 
-ASK = {"user": "u1", "model": "small"}
+ASK: dict[str, Any] = {"user": "u1", "model": "small"}
 LAST = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "titan": {"memory_version": 3}}
 USAGE = {"choices": [], "usage": {"total_tokens": 9}}
 
