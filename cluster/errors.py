@@ -2,9 +2,7 @@
 
     TitanmemError
     └── ClusterError
-        ├── NotOwner           the shard does not own that bucket: the caller's map is stale
         ├── ShardUnavailable   no answer from the shard: dead, restarting, or moving the user
-        ├── QueueFull          a bounded queue is full; nothing was taken on
         ├── NotReady           the cluster is starting or draining
         └── RequestError       the caller's fault
             ├── BadRequest       a value that cannot be used; names the field
@@ -15,6 +13,7 @@
             └── BodyTooSlow      the body stopped arriving
 
 `cluster/problems.py` gives each its HTTP status. All of them survive pickling.
+What a shard itself says (`NotOwner`, `ShardNotOpen`, `QueueFull`) is in `actors/errors.py`.
 """
 
 from __future__ import annotations
@@ -28,27 +27,12 @@ class ClusterError(TitanmemError):
     """Something between the door and a shard went wrong."""
 
 
-class NotOwner(ClusterError):
-    """`shard` does not own `bucket`; `epoch` is the newest that it has seen: an older map is stale."""
-
-    def __init__(self, shard: str, bucket: int, epoch: int) -> None:
-        message = f"{shard} does not own bucket {bucket} (epoch {epoch})"
-        super().__init__(message, shard=shard, bucket=bucket, epoch=epoch)
-
-
 class ShardUnavailable(ClusterError):
     """`shard` did not answer; nothing that was not acknowledged is known to be written. Try again."""
 
     def __init__(self, shard: str, why: str, retry_after_s: float = RETRY_AFTER_DEFAULT_S) -> None:
         message = f"{shard} is not available: {why}"
         super().__init__(message, shard=shard, why=why, retry_after_s=retry_after_s)
-
-
-class QueueFull(ClusterError):
-    """`what` has no room; nothing was taken on. Try again after `retry_after_s`."""
-
-    def __init__(self, what: str, retry_after_s: float = RETRY_AFTER_DEFAULT_S) -> None:
-        super().__init__(f"{what} is full; try again later", what=what, retry_after_s=retry_after_s)
 
 
 class NotReady(ClusterError):

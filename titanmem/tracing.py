@@ -42,14 +42,16 @@ def context_with(span: Span) -> Context:
 
 
 @contextmanager
-def continued(carrier: Mapping[str, str], name: str, **attributes: Attribute) -> Iterator[Span]:
+def continued(
+    carrier: Mapping[str, str], name: str, kind: SpanKind = SpanKind.INTERNAL, **attributes: Attribute
+) -> Iterator[Span]:
     """A span `name` below the one that `carrier` names; with an empty carrier, below the current one.
 
     Two underscores in an attribute's name stand for a dot: `gen_ai__system` is `gen_ai.system`.
     An exception marks the span as failed and goes on; its message is not recorded, since it may hold content.
     """
     context = context_of(carrier) if carrier else None
-    span = tracer().start_span(name, context=context, kind=SpanKind.INTERNAL, attributes=dotted(attributes))
+    span = tracer().start_span(name, context=context, kind=kind, attributes=dotted(attributes))
     with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
         try:
             yield span

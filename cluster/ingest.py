@@ -1,0 +1,220 @@
+"""`POST /v1/memories/{user}/ingest`: a text of any length, streamed into a memory piece by piece.
+
+Pieces are cut by the text alone, never by how it arrived, and piece n of a document is the update
+`<idempotency key>:<n>`: the same document sent again with the same key writes nothing twice, so a client that
+was cut off just sends it again. At any time one piece is being written while the next is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter
+from opentelemetry.trace import SpanKind
+from starlette.requests import Request
+
+from actors.errors import QueueFull
+from actors.messages import IngestCall, IngestOutcome
+from cluster.bodies import Utf8Stream, body_chunks
+from cluster.door import Door, door_of
+from cluster.errors import BadRequest
+from cluster.openai import CONVERSATION_CHARS_MAX
+from titanmem.tokenizer import BLOCK_CHARS, ChatTokenizer, block_end
+from titanmem.tracing import continued, inject
+
+router = APIRouter()
+PIECE_TOKENS = 4096
+"""Tokens of a piece: what a shard takes as one segment (SEGMENT_TOKENS_MAX)."""
+NO_TEXT_KINDS = ("multipart/", "image/", "audio/", "video/", "application/pdf", "application/zip")
+UTF8_NAMES = frozenset({"utf-8", "utf8", "us-ascii"})
+
+
+class DocumentCutter:
+    """Cuts text that arrives anyhow into pieces of `PIECE_TOKENS` ids, holding a block and a piece."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._text = ""
+        self._ids = np.empty(0, np.int32)
+
+    async def feed(self, text: str) -> list[np.ndarray]:
+        """Pieces that are full and not the last: int32 [PIECE_TOKENS] each."""
+        self._text += text
+        if len(self._text) <= BLOCK_CHARS:  # a block is known when the character after it has come
+            return []
+        return await asyncio.to_thread(self._cut)
+
+    async def finish(self) -> list[np.ndarray]:
+        """All that is left, the document's last piece at the end. Empty if there was no text at all."""
+        pieces = await asyncio.to_thread(self._cut)
+        self._ids = np.concatenate([self._ids, self._tokenizer.encode(self._text)])
+        self._text = ""
+        pieces += self._full()
+        return [*pieces, self._ids] if len(self._ids) else pieces
+
+    def _cut(self) -> list[np.ndarray]:
+        found, start = [self._ids], 0
+        while len(self._text) - start > BLOCK_CHARS:
+            end = block_end(self._text, start)
+            found.append(self._tokenizer.encode(self._text[start:end]))
+            start = end
+        self._text, self._ids = self._text[start:], np.concatenate(found)
+        return self._full()
+
+    def _full(self) -> list[np.ndarray]:
+        """Pieces that are full, never the last ids: what is left must be able to be the last piece."""
+        count = max(0, len(self._ids) - 1) // PIECE_TOKENS
+        pieces = [self._ids[n * PIECE_TOKENS : (n + 1) * PIECE_TOKENS] for n in range(count)]
+        self._ids = self._ids[count * PIECE_TOKENS :]
+        return pieces
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Total:
+    """What the acknowledged pieces of a document did."""
+
+    pieces: int = 0
+    duplicates: int = 0
+    tokens: int = 0
+    chunks: int = 0
+    tokens_written: int = 0
+    memory_version: int = 0
+
+    def plus(self, outcome: IngestOutcome) -> Total:
+        return Total(
+            pieces=self.pieces + 1,
+            duplicates=self.duplicates + int(outcome.duplicate),
+            tokens=self.tokens + outcome.tokens,
+            chunks=self.chunks + outcome.chunks,
+            tokens_written=self.tokens_written + outcome.tokens_written,
+            memory_version=max(self.memory_version, outcome.memory_version),
+        )
+
+
+class Writer:
+    """Writes pieces in order, one at a time, the next one being put while the one before is on its way."""
+
+    def __init__(self, door: Door, first: IngestCall) -> None:
+        self._door = door
+        self._first = first
+        self._number = 0
+        self._patience_s = door.settings.ingest_patience_s
+        self._task: asyncio.Task[IngestOutcome] | None = None
+        self.total = Total()
+
+    async def put(self, tokens: np.ndarray, *, last: bool) -> None:
+        """Hands over the next piece; returns when the piece before is acknowledged."""
+        await self.settle()
+        update_id = f"{self._first.update_id}:{self._number}"
+        call = replace(self._first, update_id=update_id, tokens=tokens, last=last)
+        self._task = asyncio.create_task(self._write(call))
+        self._number += 1
+
+    async def settle(self) -> None:
+        """Waits for the piece on its way. Raises what the cluster says of it."""
+        if self._task is not None:
+            task, self._task = self._task, None
+            outcome = await task
+            self.total = self.total.plus(outcome)
+            self._door.metrics.ingested_tokens.inc(outcome.tokens)
+
+    async def abandon(self) -> None:
+        """Stops waiting; the piece on its way may or may not be written, and may be sent again."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _write(self, call: IngestCall) -> IngestOutcome:
+        """A document that has begun waits for room: what came before it would be for nothing else."""
+        while True:
+            try:
+                return await self._door.backend.ingest(call)
+            except QueueFull as full:
+                wait_s = min(max(0.01, full.retry_after_s), self._patience_s)
+                if self._number == 1 or wait_s <= 0:
+                    raise
+                self._patience_s -= wait_s
+                await asyncio.sleep(wait_s)
+
+
+@router.post("/v1/memories/{user}/ingest")
+async def ingest(request: Request, user: str) -> dict[str, Any]:
+    """Streams a text into a user's memory; answers when all of it is acknowledged."""
+    door = door_of(request)
+    key = door.key(request, user)
+    _check_kind(request)
+    name = door.idempotency_key(request) or f"ingest-{door.new_id()}"
+    conversation = _conversation(request) or name
+    attributes = {"gen_ai__operation__name": "update_memory", "gen_ai__conversation__id": conversation}
+    with continued(request.headers, "update_memory", SpanKind.SERVER, **attributes) as span:
+        first = IngestCall(
+            key=key, update_id=name, conversation=conversation, tokens=np.empty(0, np.int32), trace=inject()
+        )
+        total = await write_document(door, request, first)
+        span.set_attribute("titan.tokens", total.tokens)
+        span.set_attribute("titan.tokens_written", total.tokens_written)
+    return {
+        "tokens": total.tokens,
+        "chunks": total.chunks,
+        "tokens_written": total.tokens_written,
+        "written_share": total.tokens_written / total.tokens if total.tokens else 0.0,
+        "memory_version": total.memory_version,
+        "pieces": total.pieces,
+        "duplicates": total.duplicates,
+        "idempotency_key": name,
+        "conversation": conversation,
+    }
+
+
+async def write_document(door: Door, request: Request, first: IngestCall) -> Total:
+    """Reads the body to its end and writes it. `first` says for whom and under which name.
+
+    Raises `BadRequest` for text that is not UTF-8, or none at all: what was acknowledged before it stays.
+    """
+    cutter, utf8, writer = DocumentCutter(door.tokenizer), Utf8Stream(), Writer(door, first)
+    try:
+        async for chunk in body_chunks(request, door.settings.body_idle_s_max):
+            for tokens in await cutter.feed(utf8.feed(chunk)):
+                await writer.put(tokens, last=False)
+        rest = await cutter.feed(utf8.feed(b"", last=True)) + await cutter.finish()
+        for index, tokens in enumerate(rest):
+            await writer.put(tokens, last=index == len(rest) - 1)
+        await writer.settle()
+    except BadRequest as error:
+        await writer.settle()
+        kept = f"{writer.total.tokens} tokens before it are in the memory and stay there."
+        raise BadRequest(f"{error} {kept}", error.param, error.code) from None
+    finally:
+        await writer.abandon()
+    if not writer.total.pieces:
+        raise BadRequest("The document is empty.", None, "empty_document")
+    return writer.total
+
+
+def _conversation(request: Request) -> str:
+    name = request.headers.get("x-titan-conversation", "")
+    if len(name) > CONVERSATION_CHARS_MAX or not name.isprintable():
+        message = f"X-Titan-Conversation: at most {CONVERSATION_CHARS_MAX} printable characters."
+        raise BadRequest(message, "X-Titan-Conversation")
+    return name
+
+
+def _check_kind(request: Request) -> None:
+    """Refuses what says of itself that it is no plain text; anything else may still prove to be none."""
+    kind, _, rest = request.headers.get("content-type", "text/plain").lower().partition(";")
+    charset = re.search(r'\bcharset\s*=\s*"?([^\s;"]+)', rest)
+    coding = request.headers.get("content-encoding", "identity").lower()
+    if (
+        kind.strip().startswith(NO_TEXT_KINDS)
+        or (charset and charset[1] not in UTF8_NAMES)
+        or coding != "identity"
+    ):
+        message = (
+            "The body must be plain text in UTF-8, sent as it is: use Content-Type text/plain, no form, "
+            "no other character set and no Content-Encoding."
+        )
+        raise BadRequest(message, "Content-Type", "unsupported_media_type")
