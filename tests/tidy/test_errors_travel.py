@@ -5,13 +5,19 @@ from __future__ import annotations
 import importlib
 import inspect
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from storage.errors import TitanmemError
+from tests.tidy import rules
 
-TREES = ("storage.errors", "cluster.errors")
+TREES = tuple(
+    name.removesuffix(".py").replace("/", ".")
+    for name, _ in rules.python_files(Path(__file__).resolve().parents[2])
+    if name.endswith("errors.py")
+)
 DETAILS = {"retry_after_s": 2.5, "epoch": 7, "key": ("default", "alice")}
 SAMPLES: dict[str, Any] = {
     "int": 7,
@@ -61,6 +67,10 @@ def check_travels(kind: type[BaseException]) -> None:
         assert str(back) == str(error)
         assert back.args == error.args
         assert back.__dict__ == error.__dict__
+
+
+def test_both_trees_are_looked_at() -> None:
+    assert {"storage.errors", "cluster.errors"} <= set(TREES)
 
 
 @pytest.mark.parametrize("kind", error_classes(TREES), ids=lambda kind: kind.__name__)
