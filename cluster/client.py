@@ -37,6 +37,8 @@ class IngestReply:
     chunks: int
     tokens_written: int
     memory_version: int
+    known: bool = False
+    """All of it had been acknowledged before; nothing was written now."""
 
 
 @dataclass(slots=True)
@@ -145,7 +147,16 @@ class Client:
     # one user's memory
 
     def users(self) -> list[dict[str, Any]]:
-        return _rows(self._json("GET", "/v1/memories"), "users")
+        """All users of the tenant, in order of name, however many pages that takes."""
+        rows: list[dict[str, Any]] = []
+        after = ""
+        while True:
+            body = self._json("GET", "/v1/memories", params={"after": after} if after else {})
+            page = _rows(body, "users")
+            rows += page
+            before, after = after, str(body.get("next") or "")
+            if not page or after <= before:
+                return rows
 
     def memory(self, user: str) -> dict[str, Any]:
         return self._json("GET", f"/v1/memories/{_name(user)}")
@@ -170,6 +181,7 @@ class Client:
                 chunks=int(reply["chunks"]),
                 tokens_written=int(written),
                 memory_version=int(reply["memory_version"]),
+                known=0 < reply.get("pieces", 0) <= reply.get("duplicates", 0),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BadAnswer(f"{self.url}: not an answer to an ingest: {shorten(reply)}") from error

@@ -23,6 +23,7 @@ from cluster.commands.terminal import (
     UserOption,
     connect,
     emit,
+    note,
     progress_bar,
     say,
 )
@@ -65,6 +66,8 @@ def ingest(
             run.send(document)
         bar.finish()
     summary = run.total.summary()
+    if run.total.pieces_known:
+        note(f"{run.total.pieces_known} of {run.total.pieces} pieces had been acknowledged before")
     if json:
         emit(summary)
     else:
@@ -80,6 +83,8 @@ class Totals:
     chunks: int = 0
     tokens_written: int = 0
     memory_version: int | None = None
+    pieces: int = 0
+    pieces_known: int = 0
     started_s: float = field(default_factory=time.monotonic)
     ended_s: float | None = None
 
@@ -87,7 +92,9 @@ class Totals:
         self.tokens += reply.tokens
         self.chunks += reply.chunks
         self.tokens_written += reply.tokens_written
-        self.memory_version = reply.memory_version
+        self.pieces += 1
+        self.pieces_known += reply.known
+        self.memory_version = max(self.memory_version or 0, reply.memory_version)
 
     @property
     def seconds(self) -> float:

@@ -44,7 +44,7 @@ def create(
     """Back up the model and all memories of a running server, without stopping anybody."""
     try:
         with connect(url, key) as client, waiting("writing the snapshot"):
-            record = client.snapshot(target)
+            record = client.snapshot(_target_url(target) if target else None)
     except KeyboardInterrupt:
         raise CommandStopped(
             "stopped waiting: `titanmem snapshot list` shows the snapshot once it is whole"

@@ -246,3 +246,19 @@ def test_what_cannot_pass_is_not_tried_again(error: ClientError) -> None:
             failing(error), for_s=60, give_up_on=(NoServer,), sleep=clock.sleep, clock=lambda: clock.now_s
         )
     assert clock.slept == []
+
+
+def test_users_of_many_pages_are_one_list() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        after = request.url.params.get("after", "")
+        names = [name for name in ("a", "b", "c", "d", "e") if name > after][:2]
+        users = [{"user": name} for name in names]
+        return httpx.Response(200, json={"users": users, "next": names[-1] if names[-1] < "e" else None})
+
+    with client(answer) as server:
+        assert [row["user"] for row in server.users()] == ["a", "b", "c", "d", "e"]
+
+
+def test_a_server_that_pages_in_a_circle_ends() -> None:
+    with client(always(200, json={"users": [{"user": "a"}], "next": "a"})) as server:
+        assert len(server.users()) == 2
