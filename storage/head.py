@@ -97,7 +97,7 @@ class Head:
         return Head(epoch=new.epoch, versions=kept, dropped=gone)
 
     def with_pin(self, key: UserKey, version: int, pinned: bool, epoch: int) -> Head:
-        """The HEAD with one version pinned or released. Raises `NoSuchMemory`, `StoreError` past the limit."""
+        """The HEAD with one version pinned or released. Raises `NoSuchMemory`, `StoreError`."""
         chosen = self.find(key, version)
         versions = tuple(replace(info, pinned=pinned) if info is chosen else info for info in self.versions)
         if sum(info.pinned for info in versions) > PINNED_MAX:

@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 import xxhash
 
+from storage.disk import flush_folder
 from storage.errors import StoreUnavailable, VersionConflict
 from storage.objects import ObjectInfo, check_object_name, check_prefix, probe_conditions
 
@@ -32,14 +33,6 @@ _NO_OBJECT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 def _tag(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class LocalObjects:
@@ -113,7 +106,7 @@ class LocalObjects:
                     path.unlink()
                 except (FileNotFoundError, IsADirectoryError):
                     return
-                _flush_folder(path.parent)
+                flush_folder(path.parent)
                 self._remove_empty(path.parent)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -153,7 +146,7 @@ class LocalObjects:
 
     def _swap_in(self, temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
     def _make_folder(self, folder: Path) -> None:
         """Makes `folder` durably: each new folder is flushed into the one that holds it."""
@@ -164,7 +157,7 @@ class LocalObjects:
             # A parent that a deletion has just found empty may vanish here: then look again.
             with contextlib.suppress(FileNotFoundError):
                 new.mkdir(exist_ok=True, mode=0o700)
-                _flush_folder(new.parent)
+                flush_folder(new.parent)
 
     def _remove_empty(self, folder: Path) -> None:
         while folder != self.root:

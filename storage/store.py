@@ -292,7 +292,7 @@ class MemoryStore(RecordStore):
             raise ChecksumMismatch(name, "the file is the one that HEAD lists", info.hash, found)
 
     def _delete_quietly(self, name: str) -> None:
-        """Deletes a file that nothing refers to; if that fails, HEAD's list of dropped files brings us back."""
+        """Deletes a file that nothing refers to; if that fails, the next write tries again (`dropped`)."""
         try:
             self.objects.delete(name)
         except StoreError as error:

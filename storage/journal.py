@@ -1,0 +1,225 @@
+"""The journal of a shard: tokens acknowledged to a user that no persisted θ_M holds yet.
+
+SQLite in WAL mode with `synchronous=FULL`, written in groups by `JournalWriter`. Reads use a connection of
+their own and see what is committed. A known (user, update id) is never appended twice; its outcome and the
+hashes of what was seen stay after the segments are trimmed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage import journal_db
+from storage.errors import JournalCorrupt, JournalError
+from storage.journal_writer import JournalWriter
+from storage.memory import SEEN_MAX
+from storage.names import UserKey
+from storage.segment import (
+    CONTEXT_TOKENS_MAX,
+    SEGMENT_TOKENS_MAX,
+    Segment,
+    row_to_segment,
+    segment_to_row,
+)
+
+__all__ = ["CONTEXT_TOKENS_MAX", "SEGMENT_TOKENS_MAX", "Appended", "Journal", "Segment"]
+
+JOURNAL_BYTES_MAX = 1 << 30
+JOURNAL_BYTES_MIN = 1 << 20
+ROW_OVERHEAD_BYTES = 512
+OUTCOME_BYTES_MAX = 64 << 10
+OUTCOMES_KEPT_S = 7 * 86_400.0
+AGEING_INTERVAL_S = 3_600.0
+
+assert JOURNAL_BYTES_MIN > 4 * (SEGMENT_TOKENS_MAX + CONTEXT_TOKENS_MAX), "a segment fits into any journal"
+
+_COLUMNS = "owner, first_chunk, last_chunk, update_id, conversation, role, context, tokens, crc"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Appended:
+    """What became of an append: `outcome` is the stored one of a duplicate, None if it has none yet."""
+
+    duplicate: bool
+    outcome: dict[str, Any] | None = None
+
+
+class Journal:
+    """One database file, one process. `clock` gives seconds since the epoch.
+
+    Raises `JournalCorrupt` for a damaged file, `JournalError` for one that another process has open or that
+    is no journal. Futures fail with `JournalFull` past `bytes_max`, with `JournalError` after the disk failed.
+    """
+
+    def __init__(
+        self, path: Path | str, *, bytes_max: int = JOURNAL_BYTES_MAX, clock: Callable[[], float] = time.time
+    ) -> None:
+        if bytes_max < JOURNAL_BYTES_MIN:
+            raise ValueError(f"bytes_max: {bytes_max}: expected at least {JOURNAL_BYTES_MIN}")
+        self.path = Path(path)
+        self._clock = clock
+        self._lock_handle = journal_db.lock_file(self.path)
+        try:
+            self._db = journal_db.open_writer(self.path)
+            self._reader = journal_db.connect(self.path, read_only=True)
+        except BaseException:
+            os.close(self._lock_handle)
+            raise
+        self._read_lock = threading.Lock()
+        self._writer = JournalWriter(self.path, self._db, self._read_lock, bytes_max)
+        self._aged_at = float("-inf")
+
+    def append(self, segment: Segment, seen: Sequence[int] = ()) -> Future[Appended]:
+        """Writes the segment and the hashes (uint64) seen with it; done when both are on the disk.
+
+        A segment's chunk ids must follow those that are pending for its user, or the future fails.
+        """
+        row, hashes = segment_to_row(segment), [_signed(h) for h in seen]
+        size = segment.bytes + 16 * len(hashes) + ROW_OVERHEAD_BYTES
+
+        def change(db: sqlite3.Connection) -> Appended:
+            owner, update_id = row[0], row[3]
+            known = db.execute(
+                "SELECT outcome FROM updates WHERE owner = ? AND update_id = ?", (owner, update_id)
+            ).fetchone()
+            if known is not None:
+                return Appended(duplicate=True, outcome=json.loads(known[0]) if known[0] else None)
+            self._check_order(db, segment)
+            db.execute("INSERT INTO updates VALUES (?, ?, NULL, ?)", (owner, update_id, self._clock()))
+            db.execute(f"INSERT INTO segments ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            _remember(db, owner, hashes)
+            return Appended(duplicate=False)
+
+        return self._writer.submit(change, size)
+
+    def set_outcome(self, key: UserKey, update_id: str, outcome: dict[str, Any]) -> Future[None]:
+        """Stores what an update did; a repeated append gets it back. Fails for an unknown update id."""
+        text = json.dumps(outcome, allow_nan=False)
+        if len(text) > OUTCOME_BYTES_MAX:
+            raise ValueError(f"outcome: {len(text)} bytes: expected at most {OUTCOME_BYTES_MAX}")
+
+        def change(db: sqlite3.Connection) -> None:
+            where = (text, str(key), update_id)
+            cursor = db.execute("UPDATE updates SET outcome = ? WHERE owner = ? AND update_id = ?", where)
+            if not cursor.rowcount:
+                raise JournalError(f"{self.path}: {key}: no update {update_id[:64]!r} is known")
+
+        return self._writer.submit(change)
+
+    def outcome(self, key: UserKey, update_id: str) -> dict[str, Any] | None:
+        """The stored outcome of an update; None when there is none, or the update is not known."""
+        where = (str(key), update_id)
+        rows = self._query("SELECT outcome FROM updates WHERE owner = ? AND update_id = ?", where)
+        return json.loads(rows[0][0]) if rows and rows[0][0] else None
+
+    def pending(self, key: UserKey, after_chunk_id: int = 0) -> list[Segment]:
+        """The user's segments that end after a chunk, in order. Raises `JournalCorrupt` for a damaged row."""
+        sql = f"SELECT {_COLUMNS} FROM segments WHERE owner = ? AND last_chunk > ? ORDER BY last_chunk"
+        try:
+            return [row_to_segment(row) for row in self._query(sql, (str(key), after_chunk_id))]
+        except ValueError as error:
+            raise JournalCorrupt(f"{self.path}: {error}", path=str(self.path)) from error
+
+    def seen(self, key: UserKey) -> list[int]:
+        """Hashes (uint64) of what was written for the user, newest last, at most `SEEN_MAX`."""
+        rows = self._query("SELECT hash FROM seen WHERE owner = ? ORDER BY n", (str(key),))
+        return [row[0] % 2**64 for row in rows][-SEEN_MAX:]
+
+    def users_pending(self) -> list[UserKey]:
+        """Users with segments, in order of their names."""
+        return [
+            UserKey.parse(row[0]) for row in self._query("SELECT DISTINCT owner FROM segments ORDER BY owner")
+        ]
+
+    def bytes(self) -> int:
+        """Bytes in use: segments, outcomes and hashes of all users, and what waits to be written."""
+        return self._writer.bytes()
+
+    def trim(self, key: UserKey, last_chunk_id: int) -> Future[int]:
+        """Drops the segments that a durable version holds; their number. Outcomes and hashes stay."""
+
+        def change(db: sqlite3.Connection) -> int:
+            where = (str(key), last_chunk_id)
+            dropped = db.execute("DELETE FROM segments WHERE owner = ? AND last_chunk <= ?", where).rowcount
+            self._age(db)
+            return dropped
+
+        return self._writer.submit(change)
+
+    def forget(self, key: UserKey) -> int:
+        """Erases all that the journal has of a user, beyond recovery; the number of segments. Blocks."""
+
+        def change(db: sqlite3.Connection) -> int:
+            where = (str(key),)
+            dropped = db.execute("DELETE FROM segments WHERE owner = ?", where).rowcount
+            db.execute("DELETE FROM updates WHERE owner = ?", where)
+            db.execute("DELETE FROM seen WHERE owner = ?", where)
+            return dropped
+
+        return self._writer.submit(change, erase=True).result()
+
+    def close(self) -> None:
+        """Writes what was submitted, then closes the files. May be called twice."""
+        if not self._writer.close():
+            return
+        with self._read_lock:
+            self._reader.close()
+        self._db.close()
+        os.close(self._lock_handle)
+
+    def _query(self, sql: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        try:
+            with self._read_lock:
+                return self._reader.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise journal_db.translate(self.path, error) from error
+
+    def _check_order(self, db: sqlite3.Connection, segment: Segment) -> None:
+        sql = "SELECT max(last_chunk) FROM segments WHERE owner = ?"
+        last = db.execute(sql, (str(segment.key),)).fetchone()[0]
+        if last is not None and segment.first_chunk_id <= last:
+            raise JournalError(
+                f"{self.path}: {segment.key}: chunk {segment.first_chunk_id} does not follow chunk {last}",
+                expected=last + 1,
+                found=segment.first_chunk_id,
+            )
+
+    def _age(self, db: sqlite3.Connection) -> None:
+        """Now and then drops outcomes older than any retry, and hashes of users without any other trace."""
+        now = self._clock()
+        if now - self._aged_at < AGEING_INTERVAL_S:
+            return
+        self._aged_at = now
+        db.execute(
+            "DELETE FROM updates WHERE at < ? AND NOT EXISTS (SELECT 1 FROM segments s "
+            "WHERE s.owner = updates.owner AND s.update_id = updates.update_id)",
+            (now - OUTCOMES_KEPT_S,),
+        )
+        db.execute("DELETE FROM seen WHERE owner NOT IN (SELECT owner FROM updates)")
+
+
+def _signed(value: int) -> int:
+    """A uint64 as SQLite's int64."""
+    if not 0 <= value < 2**64:
+        raise ValueError(f"seen: {value}: expected a hash from 0 to 2**64 - 1")
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _remember(db: sqlite3.Connection, owner: object, hashes: list[int]) -> None:
+    """Adds hashes as the newest; the oldest beyond `SEEN_MAX` go."""
+    if not hashes:
+        return
+    db.executemany("INSERT OR REPLACE INTO seen (owner, hash) VALUES (?, ?)", [(owner, h) for h in hashes])
+    sql = "SELECT n FROM seen WHERE owner = ? ORDER BY n DESC LIMIT 1 OFFSET ?"
+    oldest = db.execute(sql, (owner, SEEN_MAX)).fetchone()
+    if oldest:
+        db.execute("DELETE FROM seen WHERE owner = ? AND n <= ?", (owner, oldest[0]))

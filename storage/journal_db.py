@@ -1,0 +1,137 @@
+"""The journal's database: schema, opening with all checks, and what each SQLite error means."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from pathlib import Path
+
+from storage.disk import flush_folder
+from storage.errors import JournalCorrupt, JournalError, JournalFull
+
+SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x5454414E
+WAL_BYTES_KEPT = 64 << 20
+_MOVE_AWAY = (
+    "Move it away and start again: each user goes on from the newest version in the store. "
+    "`sqlite3 FILE .recover` may save what can still be read."
+)
+
+_SCHEMA = f"""
+CREATE TABLE segments (
+    owner TEXT NOT NULL, first_chunk INTEGER NOT NULL, last_chunk INTEGER NOT NULL,
+    update_id TEXT NOT NULL, conversation TEXT NOT NULL, role TEXT NOT NULL,
+    context BLOB NOT NULL, tokens BLOB NOT NULL, crc INTEGER NOT NULL,
+    UNIQUE (owner, last_chunk));
+CREATE TABLE updates (
+    owner TEXT NOT NULL, update_id TEXT NOT NULL, outcome TEXT, at REAL NOT NULL,
+    PRIMARY KEY (owner, update_id)) WITHOUT ROWID;
+CREATE TABLE seen (
+    n INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, hash INTEGER NOT NULL,
+    UNIQUE (owner, hash));
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+
+def translate(path: Path, error: sqlite3.Error) -> JournalError:
+    """Our error for an SQLite error, naming the file and what to do."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return JournalCorrupt(
+            f"{path}: the journal is damaged: {error}. {_MOVE_AWAY}",
+            path=str(path),
+        )
+    if code == sqlite3.SQLITE_FULL:
+        return JournalFull(f"{path}: the disk is full; make room for the journal", path=str(path))
+    if code == sqlite3.SQLITE_CANTOPEN:
+        return JournalError(f"{path}: can not open the journal: check the folder and its permissions")
+    return JournalError(f"{path}: {error}", path=str(path))
+
+
+def lock_file(path: Path) -> int:
+    """Takes the journal for this process; the handle holds it. Raises `JournalError` when another has it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise JournalError(f"{path}: can not open the journal: {error.strerror}", path=str(path)) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(handle)
+        raise JournalError(
+            f"{path}: process {holder} has this journal open, and only one may. End that process first.",
+            path=str(path),
+            holder=holder,
+        ) from None
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    return handle
+
+
+def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    """A connection for one of the journal's threads; transactions are begun by hand."""
+    db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA cell_size_check = ON")
+    if read_only:
+        db.execute("PRAGMA query_only = ON")
+    return db
+
+
+def open_writer(path: Path) -> sqlite3.Connection:
+    """Opens the database, recovers it, checks it, makes the tables if it is new.
+
+    Raises `JournalCorrupt` when it is damaged, `JournalError` when it is not a journal that we can read.
+    """
+    is_new = not path.exists() or path.stat().st_size == 0
+    db = None
+    try:
+        db = connect(path)
+        db.execute("PRAGMA secure_delete = ON")
+        if is_new:
+            os.chmod(path, 0o600)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_KEPT}")
+        _check_content(path, db)
+        flush_folder(path.parent)
+        return db
+    except sqlite3.Error as error:
+        if db is not None:
+            db.close()
+        raise translate(path, error) from error
+    except BaseException:
+        if db is not None:
+            db.close()
+        raise
+
+
+def _check_content(path: Path, db: sqlite3.Connection) -> None:
+    found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise JournalCorrupt(
+            f"{path}: the journal is damaged: {found}. {_MOVE_AWAY}",
+            path=str(path),
+        )
+    application = db.execute("PRAGMA application_id").fetchone()[0]
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if not tables:
+        db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+    elif application != _APPLICATION_ID:
+        raise JournalError(f"{path}: this SQLite database is not a journal of titanmem", path=str(path))
+    elif version != SCHEMA_VERSION:
+        raise JournalError(
+            f"{path}: version of the journal: expected {SCHEMA_VERSION}, found {version}. "
+            "Start the release of titanmem that wrote it.",
+            path=str(path),
+        )
+
+
+def used_bytes(db: sqlite3.Connection) -> int:
+    """Bytes of pages in use."""
+    pages = db.execute("PRAGMA page_count").fetchone()[0] - db.execute("PRAGMA freelist_count").fetchone()[0]
+    return pages * db.execute("PRAGMA page_size").fetchone()[0]
