@@ -13,6 +13,7 @@ import ray
 import yaml
 
 from cluster.config import Config, load
+from storage.journal import JOURNAL_BYTES_MAX
 from tests.k8s import cli
 from tests.k8s.render import K8S, KUSTOMIZATIONS, REPO, Manifest, containers, pod_templates, render
 from tests.k8s.render import load as load_yaml
@@ -108,6 +109,14 @@ def test_the_journal_lies_on_the_claimed_volume(manifests: list[Manifest]) -> No
         }
         holding = [mounts[str(folder)] for folder in journal.parents if str(folder) in mounts]
         assert [v["persistentVolumeClaim"]["claimName"] for v in holding] == [claim["metadata"]["name"]]
+
+
+def test_the_disk_holds_every_journal(manifests: list[Manifest]) -> None:
+    size = one(manifests, "PersistentVolumeClaim")["spec"]["resources"]["requests"]["storage"]
+    needed = int(config_data(manifests)["TITANMEM_SHARDS"]) * JOURNAL_BYTES_MAX
+    # SQLite's write-ahead log may be as large as the journal itself.
+    assert int(size.removesuffix("Gi")) * 2**30 >= 2 * needed
+    assert JOURNAL_BYTES_MAX == 2**30, "docs/operations.md alarms at 0.7 * 2^30"
 
 
 def test_the_head_is_on_the_node_of_the_disk(manifests: list[Manifest]) -> None:
