@@ -1,8 +1,8 @@
 """What the door needs from the cluster. `cluster/router.py` gives it over Ray; tests give it in one process.
 
 Every method raises errors of the one tree: names and files (`InvalidName`, `BadMemoryFile`), what the store
-says (`NoSuchMemory`, `VersionConflict`, `Fenced`, `Forgotten`, `StoreUnavailable`), and of `actors.errors`
-(`QueueFull`) and `cluster.errors` (`ShardUnavailable`, `NotReady`). What is none of these is a bug and answers 500.
+says (`NoSuchMemory`, `VersionConflict`, `Fenced`, `Forgotten`, `StoreUnavailable`), `QueueFull` of a shard,
+`ShardUnavailable` and `NotReady` of the cluster. What is none of these is a bug and answers 500.
 Dicts hold JSON values alone.
 """
 
