@@ -59,12 +59,18 @@ class Attention(nn.Module):
     def keys_values(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return rotated(self.k_norm(self.split(self.k_proj(x))), *turn), self.split(self.v_proj(x))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of [B, A, T, Z] over [B, A', S, Z], merged and projected to [B, T, E]."""
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        if query.shape[2] == 1 and mask is not None:
+            # PyTorch's CPU kernel splits one query's keys by how busy its threads are, so that a row's bits would
+            # depend on its neighbours (tests/titanmem/test_decoder.py); the plain products do not.
+            score = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+            out = score.masked_fill(~mask, float("-inf")).softmax(-1) @ value
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

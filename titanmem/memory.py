@@ -91,10 +91,17 @@ class SparseMemory(nn.Module):
         """First layer of θ_M: relu(W_1 k), not yet whitened, [N, F]."""
         return F.relu(F.linear(key_ND, self.w1))
 
+    def whitened(self, key_ND: Tensor) -> Tensor:
+        """Features with mean zero and the same variance in every direction, over written keys, [N, F]."""
+        return (self.features(key_ND) - self.whitening_mean_F) @ self.whitening_FF
+
+    def code_of(self, white_NF: Tensor) -> tuple[Tensor, Tensor]:
+        """Sparse code of whitened features: the nearest of W_2's random directions, as `code`."""
+        return ops.sparse_code(F.linear(white_NF, self.w2_HF), self.spec.code_active)
+
     def code(self, key_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Sparse code of keys or queries: `columns` int64 [N, K] rising, `values` float32 [N, K] of unit norm."""
-        white_NF = (self.features(key_ND) - self.whitening_mean_F) @ self.whitening_FF
-        return ops.sparse_code(F.linear(white_NF, self.w2_HF), self.spec.code_active)
+        return self.code_of(self.whitened(key_ND))
 
     @torch.no_grad()
     def whiten(self, mean_F: Tensor, covariance_FF: Tensor, shrinkage: float = 0.1) -> None:

@@ -51,7 +51,7 @@ class MemorySpec:
     """Width of values."""
     code_width: int = 8192
     """H: units of the second hidden layer. H x value_dim elements are a user's state."""
-    code_active: int = 24
+    code_active: int = 32
     """K: units of a code that are not zero."""
     conv: int = 16
     """Taps of the causal depthwise convolution over keys and queries, tokens."""
@@ -71,7 +71,7 @@ class MemorySpec:
     forget_bias: float = 4.0
     """γ of the same. The notes' 0.2 forgets 45 % of a rewritten element; see docs/log.md."""
     max_norm: float = 256.0
-    """|θ_M| at which utilisation is 1; an update that would pass it is scaled back to it."""
+    """|θ_M| at which the utilisation that metrics and the guard watch is 1."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():

@@ -100,8 +100,7 @@ def initialised(config: DecoderConfig) -> Decoder:
 def optimizers(decoder: Decoder, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside layers and memory, AdamW for embeddings, head, norms and gates."""
     named = dict(decoder.named_parameters())
-    inner = ("layers.", "memory.w1", "memory.key_proj.weight", "memory.query_proj.weight")
-    matrices = [p for name, p in named.items() if p.ndim == 2 and name.startswith(inner)]
+    matrices = [p for name, p in named.items() if p.ndim == 2 and name.startswith("layers.")]
     taken = {id(p) for p in matrices}
     scale = {"embed_tokens.weight": 10.0, "lm_head.weight": 2.0}
     groups = [

@@ -1,0 +1,164 @@
+"""The slab: the written layers of all resident users of a shard, one slot each, in one tensor.
+
+A slot is found by user, given out by a free list, and taken back from the user who has rested longest and whom
+nobody is using. The slab knows no disk: whoever evicts has stored the memory first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from storage.names import UserKey
+from titanmem.spec import MemorySpec
+
+
+class ReadWriteLock:
+    """Many readers or one writer; a waiting writer goes before new readers. Held for microseconds."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._readers = 0
+        self._writing = False
+        self._writers_waiting = 0
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._free:
+            self._free.wait_for(lambda: not self._writing and not self._writers_waiting)
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._readers -= 1
+                self._free.notify_all()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        with self._free:
+            self._writers_waiting += 1
+            self._free.wait_for(lambda: not self._writing and not self._readers)
+            self._writers_waiting -= 1
+            self._writing = True
+        try:
+            yield
+        finally:
+            with self._free:
+                self._writing = False
+                self._free.notify_all()
+
+
+@dataclass(kw_only=True, eq=False)
+class Resident:
+    """One user in a slot, with everything of the state that is not in the slab."""
+
+    key: UserKey
+    slot: int
+    memory_version: int = 0
+    last_chunk_id: int = 0
+    """Last chunk folded into the slot."""
+    journaled_chunk_id: int = 0
+    """Last chunk in the journal: a turn's last chunk is journalled before it is folded."""
+    tokens_seen: int = 0
+    tokens_written: int = 0
+    updates: int = 0
+    momentum: float = 0.0
+    tail: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """int32: the last window of the document that is being read, context of its next piece."""
+    tail_of: int = 0
+    """Which document that is: 48 bits of its name's hash, which a float of the file's header holds exactly."""
+    seen: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    """Hashes of what was already written, oldest first."""
+    stored_version: int = 0
+    """Newest version in the store."""
+    stored_chunk_id: int = 0
+    """Last chunk of that version. The journal is trimmed to it only when the next version is stored."""
+    tokens_since_stored: int = 0
+    users: int = 0
+    """Requests that hold this slot now; it is not evicted before they are done."""
+    used_at_s: float = 0.0
+    lock: ReadWriteLock = field(default_factory=ReadWriteLock)
+
+    @property
+    def dirty(self) -> bool:
+        """Holds something that no stored version has."""
+        return self.memory_version > self.stored_version
+
+
+class Slab:
+    """Slots for `slots` users; `written_SHD` float16 [S, H, D] is on the grid of the memory's file."""
+
+    def __init__(self, spec: MemorySpec, slots: int, device: torch.device | str = "cpu") -> None:
+        if slots < 1:
+            raise ValueError(f"slots = {slots}: must be at least 1")
+        self.spec = spec
+        self.written_SHD = torch.zeros(slots, *spec.written_shape, dtype=torch.float16, device=device)
+        self._free = list(range(slots - 1, -1, -1))
+        self._residents: OrderedDict[UserKey, Resident] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._residents)
+
+    @property
+    def slots(self) -> int:
+        return len(self.written_SHD)
+
+    def residents(self) -> list[Resident]:
+        """All residents, the one who rested longest first."""
+        return list(self._residents.values())
+
+    def get(self, key: UserKey) -> Resident | None:
+        """The user's resident, now the most recently used; None if the user has no slot."""
+        resident = self._residents.get(key)
+        if resident is not None:
+            self._residents.move_to_end(key)
+        return resident
+
+    def has_room(self) -> bool:
+        return bool(self._free)
+
+    def victim(self) -> Resident | None:
+        """Whom to evict next: rested longest and used by nobody. None when all are in use."""
+        return next((resident for resident in self._residents.values() if resident.users == 0), None)
+
+    def place(self, key: UserKey) -> Resident:
+        """A zeroed slot for a user who has none; the caller has made sure of room."""
+        assert self._free and key not in self._residents, "make room before placing, and place once"
+        slot = self._free.pop()
+        self.written_SHD[slot].zero_()
+        resident = Resident(key=key, slot=slot)
+        self._residents[key] = resident
+        return resident
+
+    def release(self, resident: Resident) -> None:
+        """Give the slot back. What was in it is gone."""
+        assert resident.users == 0, "a slot in use is not released"
+        del self._residents[resident.key]
+        self.written_SHD[resident.slot].zero_()
+        self._free.append(resident.slot)
+
+    def load(self, resident: Resident, positions: np.ndarray, values: np.ndarray) -> None:
+        """Set the slot from flat positions (int64) of the written layer and their float16 values."""
+        flat = self.written_SHD[resident.slot].view(-1)
+        with resident.lock.exclusive():
+            flat.zero_()
+            flat[torch.from_numpy(positions)] = torch.from_numpy(values).to(flat.device)
+
+    def nonzero(self, resident: Resident) -> tuple[np.ndarray, np.ndarray]:
+        """Flat positions int64, rising, and float16 values of what is not zero in the slot."""
+        with resident.lock.shared():
+            values = self.written_SHD[resident.slot].view(-1).cpu().numpy().copy()
+        positions = values.nonzero()[0]
+        return positions, values[positions]
+
+    def norm(self, resident: Resident) -> float:
+        """|θ_M| of the written layer."""
+        with resident.lock.shared():
+            return float(self.written_SHD[resident.slot].float().norm())

@@ -1,0 +1,137 @@
+"""θ_M = fold(update, segments): what a segment of tokens does to a memory, as a pure function.
+
+`Encoder` runs the decoder's lower layers over one segment and keeps what its gate lets through; `fold` applies that
+to a user's written layer, chunk by chunk. Nothing here depends on other users, on how tokens arrived, or on what the
+memory answered before, so replaying a journal gives the same bits.
+
+Axes: T tokens, N tokens that the gate lets through, K active units, D value width, H code width, S slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import ops, reference
+from titanmem.decoder import Decoder
+from titanmem.spec import MemorySpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What the gate lets through of one segment, in order."""
+
+    position_N: Tensor
+    """int64: place in the segment."""
+    columns_NK: Tensor
+    values_NK: Tensor
+    target_ND: Tensor
+    weight_N: Tensor
+    """float32: write gate w."""
+    tokens: int
+    """Length of the segment."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fold:
+    """What folding one segment did."""
+
+    chunks: int
+    updates: int
+    tokens_written: int
+    surprise: float
+    """Largest normalised surprise of the segment, 0 when the gate let nothing through."""
+    momentum: float
+    """S after the segment, on the float16 grid of its file."""
+
+
+class Encoder:
+    """The lower layers as a function from a segment to what is to be written."""
+
+    def __init__(self, decoder: Decoder, spec: MemorySpec) -> None:
+        self.decoder, self.spec = decoder, spec
+        self.values_VD = decoder.memory.vocabulary_values(decoder.embed_tokens.weight)
+
+    @torch.no_grad()
+    def encode(self, context: np.ndarray, tokens: np.ndarray) -> Written:
+        """Encode int32 [T] `tokens` behind the last window of `context`.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        window = self.spec.window
+        before = context[-window:]
+        ids = torch.from_numpy(np.concatenate([before, tokens]).astype(np.int64))
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.values_VD):
+            raise ValueError(f"token id outside the vocabulary of {len(self.values_VD)}")
+        # Whole windows only: the shape, and with it every bit, is a function of the segment's length.
+        padded = torch.zeros(1, -(-len(ids) // window) * window, dtype=torch.int64)
+        padded[0, : len(ids)] = ids
+        _, hidden = self.decoder.lower_blocks(padded)
+        memory = self.decoder.memory
+        start = len(before)
+        weight = torch.sigmoid(memory.gate_logit(hidden)[0, start : len(ids)].float())
+        # |v - M(k)| is at most about 2, so a gate below half the threshold can never reach it.
+        position_N = (weight >= self.spec.surprise_threshold / 2).nonzero()[:, 0]
+        key, _ = memory.keys_queries(hidden, self.decoder.zeros(1, self.spec.conv))
+        columns_NK, values_NK = memory.code(key[0, start : len(ids)][position_N])
+        return Written(
+            position_N=position_N,
+            columns_NK=columns_NK,
+            values_NK=values_NK,
+            target_ND=self.values_VD[ids[start:][position_N]],
+            weight_N=weight[position_N],
+            tokens=len(tokens),
+        )
+
+
+def forget_share(momentum: float, spec: MemorySpec) -> float:
+    """α = σ(λ S - γ): how much of the columns that an update rewrites is forgotten first."""
+    return 1.0 / (1.0 + math.exp(spec.forget_bias - spec.forget_slope * momentum))
+
+
+@torch.no_grad()
+def fold(
+    slab_SHD: Tensor,
+    slot: int,
+    written: Written,
+    momentum: float,
+    spec: MemorySpec,
+    exclusive: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Fold:
+    """Write a segment into the slot, chunk by chunk, each chunk in updates of at most `top_k_ratio` of the elements.
+
+    The new columns are computed beside the slab and put in place inside `exclusive()`.
+    """
+    updates, kept_total, largest = 0, 0, 0.0
+    chunk_N = written.position_N // spec.chunk_size
+    for chunk in chunk_N.unique().tolist():
+        for group in (chunk_N == chunk).nonzero()[:, 0].split(spec.tokens_per_update):
+            columns, values = written.columns_NK[group], written.values_NK[group]
+            target, weight = written.target_ND[group], written.weight_N[group]
+            surprise = reference.surprise(slab_SHD, slot, columns, values, target, weight)
+            largest = max(largest, float(surprise.max()))
+            keep = surprise >= spec.surprise_threshold
+            if not bool(keep.any()):
+                continue
+            momentum = spec.momentum * momentum + (1 - spec.momentum) * float(surprise.max())
+            momentum = float(np.float16(momentum))
+            touched_U, new_UD = ops.sparse_update(
+                slab_SHD, slot, columns[keep], values[keep], target[keep], weight[keep], forget_share(momentum, spec)
+            )
+            with exclusive():
+                slab_SHD[slot, touched_U] = new_UD
+            updates += 1
+            kept_total += int(keep.sum())
+    return Fold(
+        chunks=-(-written.tokens // spec.chunk_size),
+        updates=updates,
+        tokens_written=kept_total,
+        surprise=largest,
+        momentum=momentum,
+    )
