@@ -2,10 +2,12 @@
 
     TitanmemError
     └── ShardError
-        ├── BucketNotOwned   the shard does not own that bucket: the caller's map is stale
-        └── ShardNotOpen     the shard is starting, stopping or fenced; it has not looked at the call
+        ├── NotOwner       the shard does not own that bucket: the caller's map is stale
+        ├── ShardNotOpen   the shard is starting, stopping or fenced
+        └── QueueFull      the shard's queue has no room
 
-Neither has done anything, so the router asks again elsewhere or later; they do not reach the door.
+Nothing was looked at or written. The router asks again elsewhere or later for the first two; the third is
+answered 429.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ class ShardError(TitanmemError):
     """A shard did not take a call on; nothing was written."""
 
 
-class BucketNotOwned(ShardError):
+class NotOwner(ShardError):
     """`shard` does not own `bucket`; `epoch` is the shard's own."""
 
     def __init__(self, shard: str, bucket: int, epoch: int) -> None:
@@ -30,3 +32,10 @@ class ShardNotOpen(ShardError):
 
     def __init__(self, shard: str, why: str) -> None:
         super().__init__(f"{shard} is not open: {why}", shard=shard, why=why)
+
+
+class QueueFull(ShardError):
+    """`what` has no room. Try again after `retry_after_s`."""
+
+    def __init__(self, what: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(f"{what} is full; try again later", what=what, retry_after_s=retry_after_s)

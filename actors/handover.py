@@ -3,7 +3,7 @@
 A journal belongs to a shard and stays on its disk. After a start with another number of shards, a journal may
 hold segments of users that another shard owns now. Before any shard serves, each such user's segments,
 conversation hashes and outcomes go to the new owner's journal, and only when they are durable there are they
-removed from the old one. A crash in between leaves them in both; the next start does it again, and the journal
+removed from the old one. A crash in between leaves them in both; the next start does it again, and a journal
 takes every update id once.
 """
 
@@ -13,9 +13,9 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from storage.names import UserKey
 
 LOCK_WAIT_S = 20.0
 """A killed process takes a moment to go; its lock goes with it."""
+POLL_S = 0.05
 COMMIT_TIMEOUT_S = 60.0
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class JournalLike(Protocol):
     def pending(self, key: UserKey, after_chunk_id: int = 0) -> list[Any]: ...
     def seen(self, key: UserKey) -> list[int]: ...
     def users_pending(self) -> Sequence[UserKey]: ...
-    def forget(self, key: UserKey) -> Any: ...
+    def forget(self, key: UserKey) -> int: ...
     def close(self) -> None: ...
 
 
@@ -58,7 +59,7 @@ def hand_over(
     owner_of: Callable[[UserKey], str],
     open_journal: Callable[[Path], JournalLike],
     *,
-    lock_wait_s: float = LOCK_WAIT_S,
+    wait_s: float = LOCK_WAIT_S,
 ) -> Handover:
     """Brings every pending segment in `journal_dir` to the journal of its owner; call it while no shard runs.
 
@@ -73,7 +74,7 @@ def hand_over(
         def journal_of(shard: str) -> JournalLike:
             if shard not in opened:
                 path = journal_path(journal_dir, shard)
-                stack.enter_context(locked(path, wait_s=lock_wait_s))
+                wait_until_free(path, wait_s)
                 opened[shard] = open_journal(path)
                 stack.callback(opened[shard].close)
             return opened[shard]
@@ -103,33 +104,19 @@ def _move(source: JournalLike, target: JournalLike, key: UserKey) -> int:
         outcome = source.outcome(key, segment.update_id)
         if outcome is not None and target.outcome(key, segment.update_id) is None:
             target.set_outcome(key, segment.update_id, outcome).result(COMMIT_TIMEOUT_S)
-    gone = source.forget(key)
-    if isinstance(gone, Future):
-        gone.result(COMMIT_TIMEOUT_S)
+    source.forget(key)
     return len(pending)
 
 
-@contextmanager
-def locked(journal: Path, *, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
-    """Holds the lock file beside `journal`: one process at a time has it open, until it ends.
+def wait_until_free(journal: Path, wait_s: float = LOCK_WAIT_S) -> None:
+    """Returns when no other process has `journal` open: one that was killed takes a moment to be gone.
 
-    Raises `JournalError` when another process still holds it after `wait_s`.
+    Raises `JournalError` when one still has it after `wait_s`.
     """
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    path = journal.with_name(journal.name + ".lock")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        _lock(descriptor, path, wait_s)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path, wait_s: float) -> None:
+    path = Path(f"{journal}.lock")
     deadline = time.monotonic() + wait_s
-    while True:
+    while path.exists():
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
@@ -137,7 +124,11 @@ def _lock(descriptor: int, path: Path, wait_s: float) -> None:
             if time.monotonic() >= deadline:
                 holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
                 raise JournalError(
-                    f"{path}: process {holder} still has this journal open after {wait_s:g} s; "
-                    f"end it, or give this cluster a journal folder of its own"
+                    f"{journal}: process {holder} still has this journal open after {wait_s:g} s; "
+                    f"end it, or give this cluster a journal folder of its own",
+                    path=str(journal),
+                    holder=holder,
                 ) from None
-            time.sleep(0.05)
+        finally:
+            os.close(descriptor)
+        time.sleep(POLL_S)

@@ -31,6 +31,8 @@ class KeeperOptions:
     """Name of the shard, `shard-0` and so on."""
     epoch: int
     """Fencing epoch that this start of the shard has claimed."""
+    buckets: frozenset[int] | None = None
+    """Buckets whose users are this shard's; None = all."""
     slots: int = 64
     """Users whose θ_M is resident at once."""
     mode: str = "mac"
@@ -63,5 +65,6 @@ class ShardOptions:
     open_keeper: str = "actors.keeper:open_keeper"
     """`module:function`, an async function of `KeeperOptions`."""
     set_up: str = ""
-    """`module:function` of the service's name and `otlp_endpoint`, called once in the shard's process; "" = none."""
+    """`module:function` of `endpoint` and `instance`, called once in the shard's process; may be empty."""
     otlp_endpoint: str | None = None
+    """OpenTelemetry collector of the shard's spans."""

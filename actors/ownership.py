@@ -1,8 +1,8 @@
 """Who may write: one record a shard in the store, claimed by compare-and-set. No Ray here.
 
 A record is `cluster/owners/<shard>` = {epoch, actor, node, incarnation, cluster}. Whoever starts a shard
-claims the store's next epoch and puts it into the record; from then on the shard that ran before is fenced: it
-reads the record before each acknowledgement, finds an epoch that is not its own, and acknowledges nothing more.
+claims the store's next epoch and puts it into the record; from then on the shard that ran before is fenced:
+it reads the record before each acknowledgement, finds another epoch than its own, and acknowledges no more.
 """
 
 from __future__ import annotations

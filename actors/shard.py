@@ -1,8 +1,8 @@
 """`MemoryShard`, the Ray actor: one keeper behind an ownership check, the single writer of its users.
 
-Concurrency groups: a group has an event loop and a thread of its own in Ray. The keeper lives on the default
-group's loop; `admin` methods hop over to it without waiting behind the default group's calls; `health` methods
-touch nothing but plain fields, so they answer while everything else is busy.
+Concurrency groups: in Ray a group has an event loop and a thread of its own. The keeper lives on the default
+group's loop; `admin` methods hop over to it without waiting behind the default group's calls; `health`
+methods touch nothing but plain fields, so they answer while everything else is busy.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import ray
 
-from actors.errors import BucketNotOwned, ShardNotOpen
-from actors.handover import locked
+from actors.errors import NotOwner, ShardNotOpen
+from actors.handover import LOCK_WAIT_S, wait_until_free
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from actors.options import ShardOptions
 from actors.ownership import Gate, confirm
@@ -39,6 +38,8 @@ CALLS_MAX = 16_384
 """Calls in flight in one shard; far over the keeper's own `queue_max`, which is what answers 429."""
 
 T = TypeVar("T")
+method: Any = ray.method
+"""Untyped: its stubs take a decorated method for a remote handle's."""
 log = logging.getLogger(__name__)
 
 
@@ -56,7 +57,7 @@ def _leave() -> None:
 class MemoryShard:
     """The calls of `MemoryKeeper`, for the buckets that this shard owns.
 
-    Every call that names a user takes the caller's `epoch` of this shard. `BucketNotOwned` and `ShardNotOpen`
+    Every call that names a user takes the caller's `epoch` of this shard. `NotOwner` and `ShardNotOpen`
     mean that nothing was looked at; `Fenced` means that nothing was acknowledged, and the process ends.
     """
 
@@ -66,50 +67,50 @@ class MemoryShard:
         self._epoch = options.keeper.epoch
         self._leave = leave
         self._state = "starting"
+        self._node = ""
         self._keeper: Any = None
         self._gate: Gate | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._held = ExitStack()
         self._chats: dict[str, asyncio.Task[Any]] = {}
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
         self._fence: BaseException | None = None
 
-    # -- life -------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------
 
     async def open(self) -> dict[str, Any]:
-        """Opens store, journal lock and keeper; returns `ping`. Raises what keeps it from opening."""
+        """Opens store and keeper, once the journal is free; returns `ping`. Raises what keeps it shut."""
         options = self._options
         self._loop = asyncio.get_running_loop()
         if options.set_up:
-            resolve(options.set_up)(self._shard, options.otlp_endpoint)
+            resolve(options.set_up)(endpoint=options.otlp_endpoint, instance=self._shard)
         store = await asyncio.to_thread(open_store, options.keeper.store_url)
         read = partial(confirm, store, self._shard, self._epoch)
         await asyncio.to_thread(read)
-        await asyncio.to_thread(self._held.enter_context, locked(options.keeper.journal))
+        await asyncio.to_thread(wait_until_free, options.keeper.journal, LOCK_WAIT_S)
         self._gate = Gate(read)
-        self._keeper = await resolve(options.open_keeper)(options.keeper)
+        self._keeper = await resolve(options.open_keeper)(replace(options.keeper, buckets=options.buckets))
+        self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._state = "ready"
         log.info("%s serves %d buckets, epoch %d", self._shard, len(options.buckets), self._epoch)
         return self._about()
 
     async def close(self) -> None:
-        """Takes no more calls, stores every memory that is not stored yet, and lets go of the journal."""
+        """Takes no more calls, and lets the keeper store every memory that is not stored yet."""
         if self._keeper is not None and self._state in ("ready", "draining"):
             self._state = "stopped"
             await self._keeper.close()
-            self._held.close()
 
-    @ray.method(concurrency_group="health")
+    @method(concurrency_group="health")
     async def ping(self) -> dict[str, Any]:
         """State, epoch, process; answers while the shard is busy."""
         return self._about()
 
-    @ray.method(concurrency_group="health")
+    @method(concurrency_group="health")
     async def until_dead(self) -> None:
         """Never returns: a caller learns of the process's end from the error of this call."""
         await asyncio.Event().wait()
 
-    @ray.method(concurrency_group="health")
+    @method(concurrency_group="health")
     async def drain(self) -> None:
         """From now on `ping` says draining; calls are still served."""
         if self._state == "ready":
@@ -122,18 +123,20 @@ class MemoryShard:
             "epoch": self._epoch,
             "buckets": len(self._options.buckets),
             "map_version": self._options.map_version,
+            "node": self._node,
             "pid": os.getpid(),
             "chats": len(self._chats),
             "unconfirmed": self._gate.unconfirmed if self._gate else 0,
         }
 
-    # -- the data path ----------------------------------------------------------------------------------------
+    # -- the data path -----------------------------------------------------------------------------
 
-    @ray.method(num_returns="streaming")
+    @method(num_returns="streaming")
     async def chat(self, call: ChatCall, epoch: int) -> AsyncIterator[TokenEvent | DoneEvent]:
-        """The keeper's events; `DoneEvent` comes after the ownership check. Cancelling the call ends it at once."""
+        """The keeper's events, `DoneEvent` after the ownership check. Cancelling the call ends it at once."""
         keeper = self._admit(call.key, epoch)
-        if self._early_cancels.pop(call.request_id, self) is None:
+        if call.request_id in self._early_cancels:
+            del self._early_cancels[call.request_id]
             return
         span = tracing.tracer().start_span("shard chat", context=tracing.context_of(call.trace))
         span.set_attribute("titan.shard", self._shard)
@@ -156,10 +159,9 @@ class MemoryShard:
             await events.aclose()
             span.end()
 
-    @ray.method(concurrency_group="health")
+    @method(concurrency_group="health")
     async def cancel(self, request_id: str) -> bool:
         """Ends the chat of that name now, or as soon as it arrives; True if it was running."""
-        assert self._loop is not None or not self._chats
         task = self._chats.get(request_id)
         if task is None or self._loop is None:
             self._early_cancels[request_id] = None
@@ -174,61 +176,61 @@ class MemoryShard:
         with tracing.continued(call.trace, "shard ingest", titan__shard=self._shard):
             return await self._acknowledged(keeper.ingest(replace(call, trace=tracing.inject())))
 
-    # -- one user's memory ------------------------------------------------------------------------------------
+    # -- one user's memory -------------------------------------------------------------------------
 
-    @ray.method(concurrency_group="admin")
+    @method(concurrency_group="admin")
     async def describe(self, key: UserKey, epoch: int) -> dict[str, Any]:
         record = await self._here(self._admit(key, epoch).describe(key))
         return {**record, "shard": self._shard, "epoch": self._epoch}
 
-    @ray.method(concurrency_group="admin")
+    @method(concurrency_group="admin")
     async def versions(self, key: UserKey, epoch: int) -> list[dict[str, Any]]:
         return await self._here(self._admit(key, epoch).versions(key))
 
-    @ray.method(concurrency_group="admin")
+    @method(concurrency_group="admin")
     async def rollback(self, key: UserKey, epoch: int, to: int | None) -> dict[str, Any]:
         return await self._here(self._acknowledged(self._admit(key, epoch).rollback(key, to)))
 
-    @ray.method(concurrency_group="admin")
+    @method(concurrency_group="admin")
     async def pin(self, key: UserKey, epoch: int) -> dict[str, Any]:
         return await self._here(self._acknowledged(self._admit(key, epoch).pin(key)))
 
-    @ray.method(concurrency_group="admin")
+    @method(concurrency_group="admin")
     async def export(self, key: UserKey, epoch: int) -> bytes:
         return await self._here(self._admit(key, epoch).export(key))
 
-    @ray.method(concurrency_group="admin")
+    @method(concurrency_group="admin")
     async def import_(self, key: UserKey, epoch: int, data: bytes) -> dict[str, Any]:
         return await self._here(self._acknowledged(self._admit(key, epoch).import_(key, data)))
 
-    @ray.method(concurrency_group="admin")
+    @method(concurrency_group="admin")
     async def forget(self, key: UserKey, epoch: int) -> dict[str, Any]:
         return await self._here(self._acknowledged(self._admit(key, epoch).forget(key)))
 
-    # -- the whole shard --------------------------------------------------------------------------------------
+    # -- the whole shard ---------------------------------------------------------------------------
 
-    @ray.method(concurrency_group="admin")
+    @method(concurrency_group="admin")
     async def users(self) -> list[dict[str, Any]]:
         return await self._here(self._serving().users())
 
-    @ray.method(concurrency_group="admin")
+    @method(concurrency_group="admin")
     async def flush(self) -> int:
         """Stores every memory that is not stored yet; returns how many."""
         return await self._here(self._serving().flush())
 
-    @ray.method(concurrency_group="admin")
+    @method(concurrency_group="admin")
     async def snapshot_part(self, snapshot_id: str, target_url: str, include_model: bool) -> dict[str, Any]:
         return await self._here(self._serving().snapshot_part(snapshot_id, target_url, include_model))
 
-    @ray.method(concurrency_group="admin")
+    @method(concurrency_group="admin")
     async def stats(self) -> dict[str, Any]:
         return {**self._about(), **await self._here(self._serving().stats())}
 
-    @ray.method(concurrency_group="admin")
+    @method(concurrency_group="admin")
     async def metrics(self) -> bytes:
         return await self._here(self._serving().metrics())
 
-    # -- inside -----------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _serving(self) -> Any:
         if self._state not in ("ready", "draining"):
@@ -241,7 +243,7 @@ class MemoryShard:
         # A caller with an older epoch has an old map that still names the right shard; one with a newer epoch
         # knows of a successor.
         if bucket not in self._options.buckets or epoch > self._epoch:
-            raise BucketNotOwned(self._shard, bucket, self._epoch)
+            raise NotOwner(self._shard, bucket, self._epoch)
         return keeper
 
     async def _acknowledged(self, work: Coroutine[Any, Any, T]) -> T:
@@ -274,7 +276,7 @@ class MemoryShard:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
 
-ShardActor = ray.remote(
+ShardActor: Any = ray.remote(  # pyright: ignore[reportCallIssue]: its stubs lack concurrency_groups
     num_cpus=0,
     num_gpus=1,
     max_restarts=0,

@@ -35,7 +35,7 @@ class Config:
     port: int = 8000
     """TCP port of the HTTP door, 1 to 65535."""
     shards: int = 1
-    """Shard actors, 1 to 1024: each the single writer of its users, and the holder of one GPU if there are."""
+    """Shard actors, 1 to 1024: each the single writer of its users, and on a GPU of its own if there are."""
     mode: str = "mac"
     """How memory meets attention, one of `titanmem.spec.CHOICES`."""
     rule: str = "sparse"

@@ -1,0 +1,147 @@
+"""`Snapshotter`, the Ray actor of the cold backup: every so often, and when it is asked.
+
+Each shard writes its own part, straight to the target; the first one adds θ_F. The manifest, which makes the
+parts a snapshot, comes last: a job that is cut off leaves nothing that a restore would take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.errors import ShardNotOpen
+from storage.errors import SnapshotError, TitanmemError
+from storage.objects import open_objects
+from storage.snapshot import PartInfo, commit_manifest, list_snapshots, new_snapshot_id, prune
+
+PART_TIMEOUT_S = 3 * 3600.0
+PART_TRIES_MAX = 5
+PART_PAUSE_S = 5.0
+"""A shard that is started again is asked again."""
+FAILED_PAUSE_S = 600.0
+"""After a scheduled snapshot that failed; the operator sees the age grow in the metrics."""
+DAILY, WEEKLY, MONTHLY = 7, 4, 12
+"""What is kept of the scheduled snapshots."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotOptions:
+    """What the snapshotter is started with."""
+
+    target: str
+    """URL where snapshots go unless somebody asks for another place."""
+    interval_s: float
+    """Seconds between two scheduled snapshots; 0 = on demand only."""
+    shards: tuple[str, ...]
+    """Names of the shard actors."""
+    namespace: str
+    """Ray namespace of the shard actors."""
+
+
+class Snapshotter:
+    """One at a time: a request that comes while a snapshot is being made waits for its own."""
+
+    def __init__(
+        self,
+        options: SnapshotOptions,
+        shard: Callable[[str], Any] | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """`shard` finds a shard's handle by name; tests put their own there, and a clock."""
+        self._options = options
+        self._shard = shard or (lambda name: ray.get_actor(name, namespace=options.namespace))
+        self._now = now
+        self._sleep = sleep
+        self._one = asyncio.Lock()
+        self._error = ""
+        self._task = asyncio.get_running_loop().create_task(self._schedule()) if options.interval_s else None
+
+    async def create(self, target: str | None = None) -> dict[str, Any]:
+        """Makes a snapshot at `target` (default: the configured one); its manifest as a record.
+
+        Raises `SnapshotError` when a shard cannot give its part, and what the target says.
+        """
+        url = target or self._options.target
+        try:
+            objects = open_objects(url)
+        except ValueError as error:
+            raise SnapshotError(f"target: {error}") from None
+        async with self._one:
+            started = self._now()
+            snapshot_id = new_snapshot_id(started)
+            shards = enumerate(self._options.shards)
+            parts = await asyncio.gather(*(self._part(name, snapshot_id, url, n == 0) for n, name in shards))
+            base = next((part["base"] for part in parts if part.get("base")), "")
+            infos = [PartInfo.from_dict({k: v for k, v in part.items() if k != "base"}) for part in parts]
+            manifest = await asyncio.to_thread(
+                commit_manifest, objects, snapshot_id, infos, created_at=started, base=base
+            )
+            self._error = ""
+            log.info("snapshot %s: %d users, %d bytes", snapshot_id, manifest.users, manifest.bytes)
+            return {**manifest.to_dict(), "target": objects.url}
+
+    async def metrics(self) -> bytes:
+        """Prometheus text: the age of the newest snapshot at the configured target."""
+        manifests = await asyncio.to_thread(list_snapshots, open_objects(self._options.target))
+        text = (
+            "# HELP titan:snapshot_age_seconds Seconds since the newest cold backup was begun.\n"
+            "# TYPE titan:snapshot_age_seconds gauge\n"
+        )
+        if manifests:
+            text += f"titan:snapshot_age_seconds {self._age_s(manifests[0].created_at):.0f}\n"
+        return text.encode()
+
+    async def _part(self, name: str, snapshot_id: str, url: str, include_model: bool) -> dict[str, Any]:
+        for attempt in range(1, PART_TRIES_MAX + 1):
+            try:
+                handle = self._shard(name)
+                call = handle.snapshot_part.remote(snapshot_id, url, include_model)
+                return await asyncio.wait_for(_result(call), PART_TIMEOUT_S)
+            except (RayActorError, ValueError, ShardNotOpen) as error:
+                why = f"{type(error).__name__}: {error}"
+            except RayTaskError as error:
+                if not isinstance(error.cause, ShardNotOpen):
+                    raise error.cause if isinstance(error.cause, TitanmemError) else error from None
+                why = str(error.cause)
+            except TimeoutError:
+                raise SnapshotError(f"{snapshot_id}: {name} took over {PART_TIMEOUT_S:g} s") from None
+            log.warning("%s: %s gave no part (%s), try %d", snapshot_id, name, why, attempt)
+            await self._sleep(PART_PAUSE_S)
+        raise SnapshotError(f"{snapshot_id}: {name} gave no part in {PART_TRIES_MAX} tries: {why}")
+
+    async def _schedule(self) -> None:
+        """Sleeps until a snapshot is due, counted from the newest there is: a restart does not put it off."""
+        while True:
+            try:
+                objects = open_objects(self._options.target)
+                manifests = await asyncio.to_thread(list_snapshots, objects)
+                age_s = self._age_s(manifests[0].created_at) if manifests else 0.0
+                await self._sleep(max(0.0, self._options.interval_s - age_s))
+                await self.create()
+                await asyncio.to_thread(
+                    prune, objects, daily=DAILY, weekly=WEEKLY, monthly=MONTHLY, now=self._now()
+                )
+            except Exception as error:
+                self._error = f"{type(error).__name__}: {error}"
+                log.error("the scheduled snapshot failed: %s", self._error)
+                await self._sleep(min(FAILED_PAUSE_S, self._options.interval_s))
+
+    def _age_s(self, moment: datetime) -> float:
+        return max(0.0, (self._now() - moment).total_seconds())
+
+
+async def _result(call: Any) -> Any:
+    return await call
+
+
+SnapshotterActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(Snapshotter)

@@ -1,0 +1,224 @@
+"""The control plane: one detached actor that places shards, watches them, and starts dead ones again.
+
+It keeps no state that the store does not have: killed, it comes back, finds the shards that live, and goes
+on. Requests never pass through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.handover import hand_over
+from actors.options import KeeperOptions, ShardOptions
+from actors.snapshotter import SnapshotOptions, SnapshotterActor
+from cluster.config import Config
+from cluster.errors import BadRequest, NotReady
+from cluster.handles import COORDINATOR, NAMESPACE, SNAPSHOTTER, Handle, find
+from cluster.mapstore import read_map, record_epoch, settle
+from cluster.shardmap import ShardMap, shard_name
+from cluster.watcher import BACKOFF_MAX_S, Watcher
+from storage.errors import TitanmemError
+from storage.journal import Journal
+from storage.store import MemoryStore, open_store
+
+log = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """Started once a Ray cluster by `ensure`. `cluster` names it in the store's ownership records."""
+
+    def __init__(self, config: Config, cluster: str) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._map: ShardMap | None = None
+        self._watchers: list[Watcher] = []
+        self._settled = asyncio.Event()
+        self._error: TitanmemError | None = None
+        self._draining = False
+        self._map_lock = asyncio.Lock()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    # -- for the door and for serve ------------------------------------------------------------------
+
+    async def status(self) -> dict[str, Any]:
+        """The whole cluster in one record."""
+        counts = self._map.counts() if self._map else []
+        return {
+            "cluster": self._cluster,
+            "state": self._state(),
+            "error": self._error.message if self._error else "",
+            "map_version": self._map.version if self._map else 0,
+            "shards": [w.about() | {"buckets": counts[n]} for n, w in enumerate(self._watchers)],
+        }
+
+    async def wait_ready(self) -> dict[str, Any]:
+        """Returns `status` when every shard has started; raises what kept the first start from it."""
+        await self._settled.wait()
+        if self._error is not None:
+            raise self._error
+        await asyncio.gather(*(asyncio.shield(watcher.first) for watcher in self._watchers))
+        return await self.status()
+
+    async def scale(self, shards: int) -> dict[str, Any]:
+        """Buckets do not move while shards run, so only the number that is there already is accepted."""
+        current = self._map.shards if self._map else self._config.shards
+        if shards != current:
+            raise BadRequest(
+                f"{current} shards run, and buckets do not move while they do: "
+                f"stop the cluster and start it with --shards {shards}; every user comes along",
+                param="shards",
+                code="cold_start_needed",
+            )
+        return await self.status()
+
+    async def drain(self, shard: str) -> dict[str, Any]:
+        """As with `scale`: a shard is emptied by a start with fewer."""
+        names = [watcher.shard for watcher in self._watchers]
+        if shard not in names:
+            raise BadRequest(f"there is no shard {shard!r}; there are {', '.join(names)}", param="shard")
+        raise BadRequest(
+            f"{shard} cannot be emptied while it runs: stop the cluster and start it with "
+            f"--shards {max(1, len(names) - 1)}; every user comes along",
+            param="shard",
+            code="cold_start_needed",
+        )
+
+    async def begin_drain(self) -> None:
+        """The shards say draining from now on; requests are still served."""
+        self._draining = True
+        for watcher in self._watchers:
+            watcher.drain()
+
+    async def stop(self) -> dict[str, Any]:
+        """Stores every memory and ends every shard and the snapshotter; returns the last `status`."""
+        await self.begin_drain()
+        self._task.cancel()
+        await asyncio.gather(*(watcher.stop() for watcher in self._watchers))
+        with contextlib.suppress(TimeoutError):
+            snapshotter = await find(SNAPSHOTTER)
+            if snapshotter is not None:
+                ray.kill(snapshotter, no_restart=True)
+        return await self.status()
+
+    # -- inside --------------------------------------------------------------------------------------
+
+    def _state(self) -> str:
+        if self._draining:
+            return "draining"
+        if self._error is not None:
+            return "failed"
+        ready = self._watchers and all(watcher.state == "ready" for watcher in self._watchers)
+        return "running" if ready else "starting"
+
+    async def _run(self) -> None:
+        """Starts, and tries again for as long as something outside keeps it from starting."""
+        while True:
+            try:
+                await self._start()
+                self._error = None
+                return
+            except TitanmemError as error:
+                self._error = error
+            except Exception as error:
+                log.exception("the cluster cannot start")
+                self._error = NotReady(f"the cluster cannot start: {type(error).__name__}: {error}")
+            finally:
+                self._settled.set()
+            log.warning("the cluster cannot start: %s", self._error)
+            await asyncio.sleep(BACKOFF_MAX_S)
+
+    async def _start(self) -> None:
+        store = await asyncio.to_thread(open_store, self._config.store)
+        before = await asyncio.to_thread(read_map, store)
+        living = await self._living(before)
+        if before is None or not living:
+            # Nothing runs: the one moment in which buckets may move and journals may be opened by others.
+            before = await asyncio.to_thread(settle, store, self._config.shards)
+            await asyncio.to_thread(self._hand_over, before)
+        self._map = before
+        # A coordinator that was started again does not take its shards back from a newer cluster.
+        take_over = not living and not ray.get_runtime_context().was_current_actor_reconstructed
+        for name in living.keys() - set(before.names):
+            ray.kill(living[name], no_restart=True)
+        self._watchers = [
+            Watcher(
+                name,
+                store=store,
+                cluster=self._cluster,
+                take_over=take_over,
+                options=partial(self._shard_options, store, index),
+            )
+            for index, name in enumerate(before.names)
+        ]
+        for watcher in self._watchers:
+            watcher.start(living.get(watcher.shard))
+        self._start_snapshotter(before)
+
+    async def _living(self, before: ShardMap | None) -> dict[str, Handle]:
+        """Shards that an earlier coordinator of this Ray cluster has started, by name."""
+        names = [shard_name(i) for i in range(max(before.shards if before else 0, self._config.shards))]
+        handles = await asyncio.gather(*(find(name) for name in names))
+        return {name: handle for name, handle in zip(names, handles, strict=True) if handle is not None}
+
+    def _hand_over(self, current: ShardMap) -> None:
+        folder = Path(self._config.journal_dir)
+        hand_over(folder, lambda key: shard_name(current.owner_of(key)), Journal)
+
+    def _start_snapshotter(self, current: ShardMap) -> None:
+        options = SnapshotOptions(
+            target=self._config.snapshots,
+            interval_s=self._config.snapshot_interval_s,
+            shards=tuple(current.names),
+            namespace=NAMESPACE,
+        )
+        SnapshotterActor.options(
+            name=SNAPSHOTTER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
+        ).remote(options)
+
+    async def _shard_options(self, store: MemoryStore, index: int, epoch: int) -> ShardOptions:
+        """Records the claimed epoch in the map, and says what the shard is started with."""
+        async with self._map_lock:
+            self._map = await asyncio.to_thread(record_epoch, store, index, epoch)
+        config = self._config
+        keeper = KeeperOptions(
+            model=str(config.model_folder),
+            store_url=config.store,
+            journal_dir=config.journal_dir,
+            shard=shard_name(index),
+            epoch=epoch,
+            slots=config.slots,
+            mode=config.mode,
+            rule=config.rule,
+            spec_overrides=dict(config.spec),
+            persist_tokens=config.persist_tokens,
+            idle_flush_s=config.idle_flush_s,
+            queue_max=config.queue_max,
+            durability=config.durability,
+            seed=config.seed,
+        )
+        return ShardOptions(
+            keeper=keeper,
+            buckets=self._map.buckets_of(index),
+            map_version=self._map.version,
+            open_keeper=config.keeper,
+            set_up="cluster.telemetry:configure",
+            otlp_endpoint=config.otlp_endpoint,
+        )
+
+
+CoordinatorActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(Coordinator)
+
+
+def ensure(config: Config) -> Handle:
+    """The coordinator of this Ray cluster; started with `config` if there is none yet."""
+    cluster = ray.get_runtime_context().get_session_name()
+    return CoordinatorActor.options(
+        name=COORDINATOR, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
+    ).remote(config, cluster)

@@ -1,0 +1,154 @@
+"""A keeper without a model, for tests of what lies around it: remembers updates, in a file that survives it.
+
+`spec_overrides` says how it behaves: `token_s` seconds between two tokens of a reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.errors import QueueFull
+from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
+from actors.options import KeeperOptions
+from storage.errors import NoSuchMemory
+from storage.names import UserKey
+
+SUFFIX = ".fake"
+
+
+class FakeKeeper:
+    """The interface of `actors.keeper.MemoryKeeper`. A user's memory is the list of updates told to it."""
+
+    def __init__(self, options: KeeperOptions) -> None:
+        self.options = options
+        self.token_s = float(str(options.spec_overrides.get("token_s", 0.0)))
+        self.updates: dict[UserKey, dict[str, list[int]]] = {}
+        self.cancelled: list[str] = []
+        self.running = 0
+        self.closed = False
+        self._path = Path(options.journal_dir) / (options.shard + SUFFIX)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.exists():
+            for line in self._path.read_text().splitlines():
+                entry = json.loads(line)
+                user = UserKey.parse(entry["key"])
+                self.updates.setdefault(user, {})[entry["update_id"]] = entry["tokens"]
+
+    async def chat(self, call: ChatCall) -> AsyncIterator[TokenEvent | DoneEvent]:
+        """Replies with the last message's tokens, one at a time."""
+        if self.running >= self.options.queue_max:
+            raise QueueFull("the queue of " + self.options.shard, 0.5)
+        self.running += 1
+        ended = False
+        tokens = [int(token) for token in call.messages[-1].tokens]
+        try:
+            for token in tokens:
+                await asyncio.sleep(self.token_s)
+                yield TokenEvent(tokens=(token,))
+            self._write(call.key, call.update_id, tokens)
+            ended = True
+            yield DoneEvent(
+                finish_reason="stop",
+                prompt_tokens=sum(len(message.tokens) for message in call.messages),
+                completion_tokens=len(tokens),
+                memory_version=len(self.updates[call.key]),
+                tokens_written=len(tokens),
+                surprise=0.5,
+                text=" ".join(map(str, tokens)),
+            )
+        finally:
+            self.running -= 1
+            if not ended:
+                self.cancelled.append(call.request_id)
+
+    async def ingest(self, call: IngestCall) -> IngestOutcome:
+        duplicate = call.update_id in self.updates.get(call.key, {})
+        self._write(call.key, call.update_id, [int(token) for token in call.tokens])
+        return IngestOutcome(
+            tokens=len(call.tokens),
+            chunks=1,
+            tokens_written=len(call.tokens),
+            memory_version=len(self.updates[call.key]),
+            duplicate=duplicate,
+        )
+
+    async def describe(self, key: UserKey) -> dict[str, Any]:
+        return {"user": key.user, "memory_version": len(self._of(key)), "pid": os.getpid()}
+
+    async def versions(self, key: UserKey) -> list[dict[str, Any]]:
+        return [{"version": version} for version in range(len(self._of(key)), 0, -1)]
+
+    async def rollback(self, key: UserKey, to: int | None) -> dict[str, Any]:
+        return {"memory_version": to if to is not None else len(self._of(key)) - 1}
+
+    async def pin(self, key: UserKey) -> dict[str, Any]:
+        return {"version": len(self._of(key))}
+
+    async def export(self, key: UserKey) -> bytes:
+        return json.dumps(self._of(key)).encode()
+
+    async def import_(self, key: UserKey, data: bytes) -> dict[str, Any]:
+        self.updates[key] = json.loads(data)
+        return {"memory_version": len(self.updates[key])}
+
+    async def forget(self, key: UserKey) -> dict[str, Any]:
+        return {"updates": len(self.updates.pop(key, {}))}
+
+    async def users(self) -> list[dict[str, Any]]:
+        return [
+            {"tenant": key.tenant, "user": key.user, "memory_version": len(updates)}
+            for key, updates in self.updates.items()
+        ]
+
+    async def flush(self) -> int:
+        return len(self.updates)
+
+    async def snapshot_part(self, snapshot_id: str, target_url: str, include_model: bool) -> dict[str, Any]:
+        return await asyncio.to_thread(self._part, snapshot_id, target_url, include_model)
+
+    def _part(self, snapshot_id: str, target_url: str, include_model: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+    async def stats(self) -> dict[str, Any]:
+        return {
+            "resident_users": len(self.updates),
+            "running": self.running,
+            "cancelled": list(self.cancelled),
+        }
+
+    async def metrics(self) -> bytes:
+        return f"titan:resident_users {len(self.updates)}\n".encode()
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def _of(self, key: UserKey) -> dict[str, list[int]]:
+        if key not in self.updates:
+            raise NoSuchMemory(f"{key}: nothing is known", key=str(key))
+        return self.updates[key]
+
+    def _write(self, key: UserKey, update_id: str, tokens: list[int]) -> None:
+        updates = self.updates.setdefault(key, {})
+        if update_id in updates:
+            return
+        updates[update_id] = tokens
+        with self._path.open("a") as file:
+            file.write(json.dumps({"key": str(key), "update_id": update_id, "tokens": tokens}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+async def open_keeper(options: KeeperOptions) -> FakeKeeper:
+    """What a shard is given for `actors.keeper:open_keeper`."""
+    return FakeKeeper(options)
+
+
+def tokens(*ids: int) -> np.ndarray:
+    return np.array(ids, np.int32)

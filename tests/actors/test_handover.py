@@ -1,0 +1,179 @@
+"""Pending segments follow their users, whenever the handover is cut off; on real journals."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.handover import Handover, hand_over
+from actors.options import journal_path
+from storage.errors import JournalCorrupt, JournalError
+from storage.journal import Journal, Segment
+from storage.names import UserKey
+
+USERS = [UserKey("local", f"u{n}") for n in range(6)]
+
+
+def segment(key: UserKey, n: int) -> Segment:
+    return Segment(
+        key=key,
+        update_id=f"{key.user}-{n}",
+        conversation="c",
+        role="user",
+        context=np.zeros(0, np.int32),
+        tokens=np.array([n, n + 1], np.int32),
+        first_chunk_id=n,
+        last_chunk_id=n,
+    )
+
+
+@contextmanager
+def journal(folder: Path, shard: str) -> Iterator[Journal]:
+    opened = Journal(journal_path(folder, shard))
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def fill(folder: Path, shard: str, users: list[UserKey], segments: int = 3) -> None:
+    with journal(folder, shard) as opened:
+        for key in users:
+            for n in range(1, segments + 1):
+                opened.append(segment(key, n), [n * 2**60]).result(10)
+                opened.set_outcome(key, f"{key.user}-{n}", {"n": n}).result(10)
+
+
+def contents(folder: Path, shard: str) -> dict[str, Any]:
+    with journal(folder, shard) as opened:
+        return {
+            key.user: (
+                [item.update_id for item in opened.pending(key)],
+                opened.seen(key),
+                [opened.outcome(key, item.update_id) for item in opened.pending(key)],
+            )
+            for key in opened.users_pending()
+        }
+
+
+def whole(key: UserKey) -> tuple[list[str], list[int], list[dict[str, int]]]:
+    return (
+        [f"{key.user}-{n}" for n in (1, 2, 3)],
+        [n * 2**60 for n in (1, 2, 3)],
+        [{"n": n} for n in (1, 2, 3)],
+    )
+
+
+def owner_among(shards: int) -> Callable[[UserKey], str]:
+    return lambda key: f"shard-{int(key.user[1:]) % shards}"
+
+
+def test_segments_hashes_and_outcomes_go_to_the_new_owner(tmp_path: Path) -> None:
+    fill(tmp_path, "shard-0", USERS)
+    assert hand_over(tmp_path, owner_among(2), Journal) == Handover(journals=1, users=3, segments=9)
+    assert contents(tmp_path, "shard-0") == {key.user: whole(key) for key in USERS[::2]}
+    assert contents(tmp_path, "shard-1") == {key.user: whole(key) for key in USERS[1::2]}
+    assert hand_over(tmp_path, owner_among(2), Journal) == Handover(journals=2, users=0, segments=0)
+
+
+def test_a_shard_that_no_longer_exists_gives_up_everything(tmp_path: Path) -> None:
+    for shard in range(3):
+        fill(tmp_path, f"shard-{shard}", USERS[shard::3])
+    assert hand_over(tmp_path, owner_among(1), Journal).users == 4
+    assert contents(tmp_path, "shard-0") == {key.user: whole(key) for key in USERS}
+    assert contents(tmp_path, "shard-1") == contents(tmp_path, "shard-2") == {}
+
+
+def test_no_journals_are_no_work(tmp_path: Path) -> None:
+    assert hand_over(tmp_path / "none", owner_among(1), Journal) == Handover(journals=0, users=0, segments=0)
+
+
+class Crash(BaseException):
+    """Ends everything at once, as kill -9 does."""
+
+
+def crashing(calls_left: list[int]) -> Callable[[Path], Any]:
+    """Opens journals that are cut off before the n-th change."""
+
+    class Crashing(Journal):
+        def _tick(self) -> None:
+            calls_left[0] -= 1
+            if calls_left[0] < 0:
+                raise Crash
+
+        def append(self, *args: Any, **kwargs: Any) -> Any:
+            self._tick()
+            return super().append(*args, **kwargs)
+
+        def set_outcome(self, *args: Any, **kwargs: Any) -> Any:
+            self._tick()
+            return super().set_outcome(*args, **kwargs)
+
+        def forget(self, key: UserKey) -> int:
+            self._tick()
+            return super().forget(key)
+
+    return Crashing
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["same-shards", "shards-changed-back"])
+def test_a_crash_at_any_point_loses_and_repeats_nothing(tmp_path: Path, back: bool) -> None:
+    changes = 0
+    while True:
+        folder = tmp_path / str(changes)
+        fill(folder, "shard-0", USERS[:3])
+        try:
+            hand_over(folder, owner_among(2), crashing([changes]))
+            break
+        except Crash:
+            pass
+        shards = 1 if back else 2
+        hand_over(folder, owner_among(shards), Journal)
+        found = contents(folder, "shard-0") | contents(folder, "shard-1")
+        assert found == {key.user: whole(key) for key in USERS[:3]}, f"crash after {changes} changes"
+        if back:
+            assert contents(folder, "shard-1") == {}
+        changes += 1
+    assert changes == 7, "three segments, three outcomes, one removal: each was a point to crash at"
+
+
+def test_a_damaged_journal_stops_the_start_and_names_the_file(tmp_path: Path) -> None:
+    fill(tmp_path, "shard-1", USERS[:1])
+    journal_path(tmp_path, "shard-0").write_bytes(b"not a database" * 1000)
+    with pytest.raises(JournalError, match=r"shard-0\.journal"):
+        hand_over(tmp_path, owner_among(1), Journal)
+    assert contents(tmp_path, "shard-1") == {"u0": whole(USERS[0])}
+    assert issubclass(JournalCorrupt, JournalError)
+
+
+def _hold(folder: str, ready: Any) -> None:
+    with journal(Path(folder), "shard-0"):
+        ready.set()
+        time.sleep(60)
+
+
+def test_waits_for_a_process_that_is_about_to_end_and_reports_one_that_stays(tmp_path: Path) -> None:
+    fill(tmp_path, "shard-0", USERS[:2])
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(str(tmp_path), ready))
+    holder.start()
+    try:
+        assert ready.wait(20)
+        with pytest.raises(
+            JournalError, match=f"process {holder.pid} still has this journal open after 0.2 s"
+        ):
+            hand_over(tmp_path, owner_among(2), Journal, wait_s=0.2)
+        threading.Timer(0.3, holder.kill).start()
+        assert hand_over(tmp_path, owner_among(2), Journal, wait_s=20.0).users == 1
+    finally:
+        holder.kill()
+        holder.join(10)
