@@ -1,0 +1,202 @@
+"""Restoring a cold backup into a store: all users, one tenant, or one user."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from storage.errors import (
+    BadMemoryFile,
+    Forgotten,
+    NoSuchMemory,
+    SnapshotDamaged,
+    SnapshotError,
+    StoreNotEmpty,
+    StoreUnfit,
+)
+from storage.names import UserKey
+from storage.objects import Objects
+from storage.snapshot_manifest import Manifest, PartInfo, read_manifest
+from storage.snapshot_model import assemble
+from storage.snapshot_part import Row, UserRow, open_part
+from storage.snapshot_verify import PROBLEMS_SHOWN_MAX, Progress
+from storage.store import MemoryStore
+from storage.titanmem import decode
+
+
+def restore(
+    target: Objects,
+    snapshot_id: str,
+    store: MemoryStore,
+    *,
+    epoch: int,
+    user: UserKey | None = None,
+    tenant: str | None = None,
+    into_empty: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Puts memories of a snapshot into `store` as their users' newest versions, written under `epoch`.
+
+    All of them, one tenant's, or one user's. Nothing is written before all parts are known to be there. A
+    user who was erased after the memory was made stays erased. A row that is damaged is reported in `failed`,
+    and the rest is restored; `ok` says whether all went well. Raises `StoreNotEmpty` when the store has users
+    already (`into_empty`; not for a single user, nor with `force`), `NoSuchMemory` and `Forgotten` for a
+    single user.
+    """
+    manifest = read_manifest(target, snapshot_id)
+    _check_parts(target, manifest)
+    if into_empty and not force and user is None:
+        _check_empty(store, tenant)
+    chosen = _choose(target, manifest, user, tenant)
+    if user is not None and not chosen:
+        raise NoSuchMemory(f"{snapshot_id}: this snapshot has no memory of {user}", key=str(user))
+    report = _Restored(total=len(chosen))
+    for part in manifest.parts:
+        wanted: dict[int, list[UserRow]] = {}
+        for owner, row in chosen.values():
+            if owner == part.name:
+                wanted.setdefault(row.group, []).append(row)
+        if wanted:
+            _restore_part(target, part, wanted, store, epoch, report, progress)
+    if user is not None and report.forgotten:
+        raise Forgotten(
+            f"{user}: erased at {store.forgotten_at(user)}, after this memory was made: it stays erased",
+            key=str(user),
+        )
+    return {
+        "id": snapshot_id,
+        "ok": not report.failed,
+        "restored": report.restored,
+        "forgotten": report.forgotten,
+        "failed": report.failed[:PROBLEMS_SHOWN_MAX],
+        "failed_count": len(report.failed),
+        "bytes": report.bytes,
+        "base": manifest.base,
+        "epoch": epoch,
+    }
+
+
+@dataclass
+class _Restored:
+    total: int
+    restored: int = 0
+    bytes: int = 0
+    forgotten: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def done(self) -> int:
+        return self.restored + len(self.forgotten) + len(self.failed)
+
+
+def _check_parts(target: Objects, manifest: Manifest) -> None:
+    stored = {info.name: info.bytes for info in target.list(f"{manifest.id}/")}
+    for part in manifest.parts:
+        if stored.get(part.name) != part.bytes:
+            found = f"{stored[part.name]} bytes" if part.name in stored else "nothing"
+            raise SnapshotDamaged(
+                f"{part.name}: expected {part.bytes} bytes, found {found}; nothing was restored",
+                part=part.name,
+            )
+
+
+def _check_empty(store: MemoryStore, tenant: str | None) -> None:
+    for key in store.users(tenant):
+        raise StoreNotEmpty(
+            f"{store.url}: the store has users already ({key} is one): expected an empty one. Restore one "
+            "user, or force it: then each restored memory becomes its user's newest version.",
+            key=str(key),
+        )
+
+
+def _choose(
+    target: Objects, manifest: Manifest, user: UserKey | None, tenant: str | None
+) -> dict[UserKey, tuple[str, UserRow]]:
+    """Part and row of each wanted user; of a user who moved while the snapshot was taken, the newest."""
+    chosen: dict[UserKey, tuple[str, UserRow]] = {}
+    for part in manifest.parts:
+        with open_part(target, part.name) as reader:
+            for row in reader.users(user):
+                if tenant is not None and row.key.tenant != tenant:
+                    continue
+                best = chosen.get(row.key)
+                if best is None or (best[1].epoch, best[1].memory_version) < (row.epoch, row.memory_version):
+                    chosen[row.key] = (part.name, row)
+    return chosen
+
+
+def _restore_part(
+    target: Objects,
+    part: PartInfo,
+    wanted: dict[int, list[UserRow]],
+    store: MemoryStore,
+    epoch: int,
+    report: _Restored,
+    progress: Progress | None,
+) -> None:
+    """The wanted rows of a part, by row group."""
+    with open_part(target, part.name) as reader:
+        for number, rows in sorted(wanted.items()):
+            try:
+                group = reader.load(number)
+            except SnapshotDamaged as error:
+                report.failed += [f"{row.key}: {error}" for row in rows]
+                continue
+            for row in rows:
+                try:
+                    _restore_user(group.row(row.row), row.key, part, store, epoch, report)
+                except (SnapshotDamaged, BadMemoryFile) as error:
+                    report.failed.append(str(error))
+                if progress:
+                    progress(report.done, report.total)
+
+
+def _restore_user(
+    row: Row, key: UserKey, part: PartInfo, store: MemoryStore, epoch: int, report: _Restored
+) -> None:
+    memory = decode(row.data, name=f"{part.name}: {row.name}")
+    if memory.key != key:
+        raise SnapshotDamaged(f"{part.name}: row {row.name} holds the memory of {memory.key}")
+    forgotten_at = store.forgotten_at(key)
+    if forgotten_at is not None and (memory.created_at <= forgotten_at or store.tombstone(key)):
+        report.forgotten.append(str(key))
+        return
+    try:
+        versions = store.versions(key)
+    except StoreUnfit:
+        versions = store.rebuild_head(key, epoch=epoch)  # what is restored takes over from a damaged HEAD
+    newest = versions[0].version if versions else 0
+    version = max(memory.memory_version, newest + 1)
+    stored = store.put(replace(memory, memory_version=version), epoch=epoch)
+    report.restored += 1
+    report.bytes += stored.bytes
+
+
+def restore_model(target: Objects, snapshot_id: str, folder: Path) -> list[str]:
+    """Writes the model of a snapshot into a new `folder`, all of it or nothing; the names of its files.
+
+    Raises `SnapshotError` when the folder has something in it or the snapshot carries no model.
+    """
+    manifest = read_manifest(target, snapshot_id)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SnapshotError(f"{folder}: expected a new or empty folder", folder=str(folder))
+    with_model = [part for part in manifest.parts if part.model_files]
+    if not with_model:
+        raise SnapshotError(f"{snapshot_id}: this snapshot was taken without the model", id=snapshot_id)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with open_part(target, with_model[0].name) as reader:
+            names = assemble(reader.model_rows(), None, temporary)
+        if len(names) != with_model[0].model_files:
+            raise SnapshotDamaged(f"{with_model[0].name}: the model's files are not all there")
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return names
