@@ -16,6 +16,14 @@ BUSY = (408, 429, 503)
 T = TypeVar("T")
 
 
+def may_pass(error: Refused) -> bool:
+    """Whether the same request may succeed later: the server is busy, or it was not ours that answered.
+
+    Our own errors carry a code. A 5xx without one is a proxy's, or of a process that is being stopped.
+    """
+    return error.status in BUSY or (error.status >= 500 and not error.code)
+
+
 def retrying(
     call: Callable[[], T],
     *,
@@ -40,7 +48,7 @@ def retrying(
                 raise
             failed, wait_s = error, backoff_s
         except Refused as error:
-            if error.status not in BUSY:
+            if not may_pass(error):
                 raise
             failed, wait_s = error, max(error.retry_after_s, WAIT_MIN_S)
         backoff_s = min(2 * backoff_s, WAIT_MAX_S)

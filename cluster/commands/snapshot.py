@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,18 +17,26 @@ from cluster.commands.terminal import (
     JsonOption,
     KeyOption,
     UrlOption,
+    checked_tenant,
     checked_user,
     connect,
     emit,
     note,
     progress_bar,
+    say,
     show_record,
-    show_rows,
+    show_table,
     waiting,
 )
+from storage.errors import StoreNotEmpty
+from storage.names import UserKey
 
 if TYPE_CHECKING:
     from storage.objects import Objects
+    from storage.store import MemoryStore
+
+LOCAL_TENANT = "local"
+"""The tenant of a server without keys."""
 
 app = typer.Typer(help="Cold backups: create, list, verify, restore, prune.", no_args_is_help=True)
 
@@ -62,27 +72,28 @@ def list_snapshots(target: TargetOption = None, json: JsonOption = False) -> Non
     from storage import snapshot
 
     with waiting(f"reading {url}"):
-        rows = [_plain(info) for info in snapshot.list_snapshots(_open(url))]
+        manifests = [manifest.to_dict() for manifest in snapshot.list_snapshots(_open(url))]
     if json:
-        emit({"target": url, "snapshots": rows})
-    elif rows:
-        show_rows(rows)
+        emit({"target": url, "snapshots": manifests})
+    elif manifests:
+        columns = ("id", "created_at", "users", "bytes", "base")
+        rows = [[*(row[name] for name in columns), len(row["parts"])] for row in manifests]
+        show_table((*columns, "parts"), rows)
     else:
         note(f"no snapshot at {url}")
 
 
 @app.command(epilog="Example: titanmem snapshot verify 20261122T221500Z-0a1b2c")
 def verify(id_: IdArgument, target: TargetOption = None, json: JsonOption = False) -> None:
-    """Read a whole snapshot back and check every checksum in it."""
+    """Read a whole snapshot back and check every checksum, memory and model file in it."""
+    objects = _open(_target_url(target))
     from storage import snapshot
 
-    objects = _open(_target_url(target))
-    with waiting(f"verifying {id_}"):
-        report = _plain(snapshot.verify(objects, id_))
-    if json:
-        emit(report)
-    else:
-        show_record(report, title=f"{id_} is whole")
+    with _counting(f"verifying {id_}") as progress:
+        report = snapshot.verify(objects, id_, progress=progress)
+    _show_report(report, json, title=f"{id_}: {'whole' if report['ok'] else 'damaged'}")
+    if not report["ok"]:
+        raise CommandFailed(f"{id_} is damaged: {_problems(report, 'problems', 'problem_count')}")
 
 
 @app.command(epilog="Example: titanmem snapshot restore 20261122T221500Z-0a1b2c --store file:///srv/titanmem")
@@ -91,10 +102,18 @@ def restore(
         str | None, typer.Argument(metavar="[ID]", help="Snapshot, as `list` names it; or give --at.")
     ] = None,
     store: Annotated[str | None, typer.Option("--store", help="URL of the store to fill.")] = None,
-    user: Annotated[str | None, typer.Option("--user", callback=checked_user, help="Only this user.")] = None,
-    tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant.")] = None,
+    user: Annotated[
+        str | None, typer.Option("--user", callback=checked_user, help="Only this user (of --tenant).")
+    ] = None,
+    tenant: Annotated[
+        str | None,
+        typer.Option("--tenant", callback=checked_tenant, help="Only this tenant; of --user: default local."),
+    ] = None,
     at: Annotated[
-        str | None, typer.Option("--at", help="The nearest snapshot at or before this time (ISO 8601, UTC).")
+        str | None, typer.Option("--at", help="The newest snapshot at or before this time (ISO 8601, UTC).")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Write the snapshot's model into this new folder, too.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Also into a store that has users.")] = False,
     target: TargetOption = None,
@@ -105,43 +124,38 @@ def restore(
         raise typer.BadParameter("--store URL says which store to fill")
     if (id_ is None) == (at is None):
         raise typer.BadParameter("give either the ID of a snapshot or --at TIME")
-    url, store_url = _target_url(target), _store_url(store)
-    time = _time(at) if at else None
+    moment = _time(at) if at else None
+    objects, store_url = _open(_target_url(target)), _store_url(store)
     from storage import snapshot
     from storage.store import open_store
 
-    objects = _open(url)
-    chosen = id_ or _nearest(objects, time or datetime.now(UTC), url)
+    chosen = snapshot.find_at(objects, moment).id if moment else str(id_)
     memories = open_store(store_url)
-    bar = progress_bar()
-    with bar:
-        task = bar.add_task(f"restoring {chosen}", total=None)
-
-        def report(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        try:
-            result = _plain(
-                snapshot.restore(
-                    objects,
-                    chosen,
-                    memories,
-                    user=user,
-                    tenant=tenant,
-                    force=force,
-                    epoch=memories.next_epoch(),
-                    progress=report,
-                )
+    snapshot.read_manifest(objects, chosen)  # an id that is none must not cost the store an epoch
+    if not force:
+        _refuse_users(memories, store_url, tenant, user)
+    try:
+        with _counting(f"restoring {chosen}") as progress:
+            report = snapshot.restore(
+                objects,
+                chosen,
+                memories,
+                epoch=memories.next_epoch(),
+                user=UserKey(tenant or LOCAL_TENANT, user) if user else None,
+                tenant=tenant,
+                force=force,
+                progress=progress,
             )
-        except KeyboardInterrupt:
-            raise CommandStopped(
-                f"stopped: each user in {store} is whole, but not all are there; "
-                "the same command with --force brings the rest"
-            ) from None
-    if json:
-        emit(result)
-    else:
-        show_record(result, title=f"restored from {chosen}")
+        if model is not None:
+            report["model"] = snapshot.restore_model(objects, chosen, model)
+    except KeyboardInterrupt:
+        raise CommandStopped(
+            f"stopped: each user in {store_url} is whole, but not all may be there; "
+            "the same command with --force brings the rest"
+        ) from None
+    _show_report(report, json, title=f"restored from {chosen}")
+    if not report["ok"]:
+        raise CommandFailed(f"not all came back: {_problems(report, 'failed', 'failed_count')}")
 
 
 @app.command(epilog="Example: titanmem snapshot prune --daily 7 --weekly 4 --monthly 12")
@@ -155,16 +169,51 @@ def prune(
     """Delete snapshots that the retention no longer keeps, and what interrupted ones left."""
     if daily + weekly + monthly == 0:
         raise typer.BadParameter("that would keep nothing: leave at least one of the three above 0")
+    objects = _open(_target_url(target))
     from storage import snapshot
 
-    objects = _open(_target_url(target))
     with waiting("pruning"):
-        result = snapshot.prune(objects, daily=daily, weekly=weekly, monthly=monthly, now=datetime.now(UTC))
-    document = _plain(result) if not isinstance(result, list) else {"removed": result}
+        removed = snapshot.prune(objects, daily=daily, weekly=weekly, monthly=monthly, now=datetime.now(UTC))
     if json:
-        emit(document)
+        emit({"removed": removed})
+    elif removed:
+        say("\n".join(removed))
     else:
-        show_record(document, title="pruned")
+        note("nothing to prune")
+
+
+def _refuse_users(memories: MemoryStore, url: str, tenant: str | None, user: str | None) -> None:
+    """One user among others is looked at alone; else the store must have none of the tenant."""
+    if user is None:
+        found = next(iter(memories.users(tenant)), None)
+    else:
+        key = UserKey(tenant or LOCAL_TENANT, user)
+        found = key if memories.versions(key) else None
+    if found is not None:
+        raise StoreNotEmpty(
+            f"{url} has a memory of {found.tenant}/{found.user} already, and nothing was restored; "
+            "with --force, what comes back becomes the newest version beside those that are there"
+        )
+
+
+@contextmanager
+def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of users done; gives the function that moves it."""
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _show_report(report: dict[str, Any], json: bool, *, title: str) -> None:
+    if json:
+        emit(report)
+    else:
+        show_record({name: value for name, value in report.items() if value not in ([], None)}, title=title)
+
+
+def _problems(report: dict[str, Any], name: str, count: str) -> str:
+    more = f" (and {report[count] - 1} more)" if report[count] > 1 else ""
+    return f"{report[name][0]}{more}"
 
 
 def _target_url(target: str | None) -> str:
@@ -198,19 +247,3 @@ def _time(text: str) -> datetime:
     except ValueError as error:
         raise typer.BadParameter(f"--at: {text[:64]!r} is no time like 2026-11-22T22:15:00") from error
     return time if time.tzinfo else time.replace(tzinfo=UTC)
-
-
-def _nearest(objects: Objects, at: datetime, url: str) -> str:
-    """The newest snapshot that was finished at or before `at`."""
-    from storage.snapshot import list_snapshots
-
-    before = [info for info in list_snapshots(objects) if info.created_at <= at]
-    if not before:
-        raise CommandFailed(f"no snapshot at {url} is as old as {at.isoformat()}")
-    return max(before, key=lambda info: info.created_at).id
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    """A record of storage's as JSON values."""
-    fields: dict[str, Any] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-    return {name: part.isoformat() if isinstance(part, datetime) else part for name, part in fields.items()}

@@ -51,10 +51,17 @@ def _key(value: str) -> str:
 
 def checked_user(value: str | None) -> str | None:
     """Callback of every option and argument that names a user."""
-    if value is None:
-        return None
+    return _checked("user", value)
+
+
+def checked_tenant(value: str | None) -> str | None:
+    """Callback of every option that names a tenant."""
+    return _checked("tenant", value)
+
+
+def _checked(kind: str, value: str | None) -> str | None:
     try:
-        return check_name("user", value)
+        return None if value is None else check_name(kind, value)
     except InvalidName as error:
         raise typer.BadParameter(error.message) from error
 

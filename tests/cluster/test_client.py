@@ -215,8 +215,8 @@ def failing(*errors: ClientError) -> Callable[[], str]:
     return call
 
 
-def busy(status: int, wait_s: float) -> Refused:
-    return Refused("busy", status=status, code=None, param=None, retry_after_s=wait_s)
+def busy(status: int, wait_s: float, code: str | None = "some_code") -> Refused:
+    return Refused("busy", status=status, code=code, param=None, retry_after_s=wait_s)
 
 
 def test_retrying_waits_as_the_server_says_and_backs_off_from_silence() -> None:
@@ -230,6 +230,14 @@ def test_retrying_waits_as_the_server_says_and_backs_off_from_silence() -> None:
     assert heard == clock.slept
 
 
+@pytest.mark.parametrize("status", [500, 502, 504])
+def test_a_proxy_in_front_of_a_server_that_restarts_is_waited_for(status: int) -> None:
+    clock = Clock()
+    call = failing(busy(status, 1.0, code=None))
+    assert retrying(call, for_s=60, sleep=clock.sleep, clock=lambda: clock.now_s) == "done"
+    assert clock.slept == [1.0]
+
+
 def test_retrying_ends_with_the_error_itself() -> None:
     clock = Clock()
     call = failing(*[busy(429, 4.0)] * 9)
@@ -238,7 +246,7 @@ def test_retrying_ends_with_the_error_itself() -> None:
     assert clock.slept == [4.0, 4.0], "a third wait would end after the ten seconds"
 
 
-@pytest.mark.parametrize("error", [busy(400, 1.0), busy(500, 1.0), BadAnswer("x"), NoServer("x")])
+@pytest.mark.parametrize("error", [busy(400, 1.0, None), busy(500, 1.0), BadAnswer("x"), NoServer("x")])
 def test_what_cannot_pass_is_not_tried_again(error: ClientError) -> None:
     clock = Clock()
     with pytest.raises(type(error)):
