@@ -90,18 +90,20 @@ class Utf8Stream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
         self._bytes = 0
         self._begun = False
+        self.wrong: BadRequest | None = None
+        """Set when a byte was wrong, and names its offset. The text before it has been given out."""
 
     def feed(self, data: bytes, *, last: bool = False) -> str:
-        """The characters that `data` completes. Raises `BadRequest` naming the wrong byte's offset."""
+        """The characters that `data` completes, up to the first wrong byte."""
         held = len(self._decoder.getstate()[0])
         try:
             text = self._decoder.decode(data, last)
         except UnicodeDecodeError as error:
+            text = error.object[: error.start].decode("utf-8")
             offset = self._bytes - held + error.start
             what = "ends inside a character" if error.reason == "unexpected end of data" else "begins none"
-            raise BadRequest(
-                f"The text is not UTF-8: the byte at offset {offset} {what}.", None, "invalid_utf8"
-            ) from None
+            message = f"The text is not UTF-8: the byte at offset {offset} {what}."
+            self.wrong = BadRequest(message, None, "invalid_utf8")
         self._bytes += len(data)
         if text and not self._begun:
             self._begun = True

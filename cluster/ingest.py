@@ -178,9 +178,9 @@ async def write_document(door: Door, request: Request, first: IngestCall) -> Tot
     cutter, utf8, writer = DocumentCutter(door.tokenizer), Utf8Stream(), Writer(door, first)
     try:
         async for chunk in body_chunks(request, door.settings.body_idle_s_max):
-            for tokens in await cutter.feed(utf8.feed(chunk)):
-                await writer.put(tokens, last=False)
-        rest = await cutter.feed(utf8.feed(b"", last=True)) + await cutter.finish()
+            await _write_full(cutter, utf8, chunk, writer)
+        await _write_full(cutter, utf8, b"", writer, last=True)
+        rest = await cutter.finish()
         for index, tokens in enumerate(rest):
             await writer.put(tokens, last=index == len(rest) - 1)
         await writer.settle()
@@ -193,6 +193,16 @@ async def write_document(door: Door, request: Request, first: IngestCall) -> Tot
     if not writer.total.pieces:
         raise BadRequest("The document is empty.", None, "empty_document")
     return writer.total
+
+
+async def _write_full(
+    cutter: DocumentCutter, utf8: Utf8Stream, chunk: bytes, writer: Writer, *, last: bool = False
+) -> None:
+    """Writes the pieces that `chunk` fills, those before a wrong byte too; then raises for it."""
+    for tokens in await cutter.feed(utf8.feed(chunk, last=last)):
+        await writer.put(tokens, last=False)
+    if utf8.wrong is not None:
+        raise utf8.wrong
 
 
 def _conversation(request: Request) -> str:

@@ -6,6 +6,7 @@ Beside it what a test of the door needs: a tokenizer trained in a moment, and th
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import json
 import re
@@ -95,6 +96,11 @@ class FakeBackend(Backend):
         self.texts: list[bytes] = []
         self.scaled: list[int] = []
 
+    def reset(self) -> None:
+        """As new, what a test has put in place of a method taken away too."""
+        self.__dict__.clear()
+        self.__init__()
+
     # chat
 
     async def chat(self, call: ChatCall) -> AsyncIterator[TokenEvent | DoneEvent]:
@@ -157,18 +163,14 @@ class FakeBackend(Backend):
         self.ingests.append(call)
         memory = self.memories.setdefault(call.key, FakeMemory())
         if call.update_id in memory.outcomes:
-            before = memory.outcomes[call.update_id]
-            return IngestOutcome(**{**before, "duplicate": True})
+            return dataclasses.replace(memory.outcomes[call.update_id], duplicate=True)
         memory.tell(self.tokenizer.decode(call.tokens))
         count = len(call.tokens)
-        outcome = {
-            "tokens": count,
-            "chunks": -(-count // 256),
-            "tokens_written": count // 4,
-            "memory_version": memory.version,
-        }
+        outcome = IngestOutcome(
+            tokens=count, chunks=-(-count // 256), tokens_written=count // 4, memory_version=memory.version
+        )
         memory.outcomes[call.update_id] = outcome
-        return IngestOutcome(**outcome)
+        return outcome
 
     async def describe(self, key: UserKey) -> dict[str, Any]:
         memory = self._memory(key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import pytest
 
@@ -19,7 +21,7 @@ def served():
 @pytest.fixture
 def backend(served):
     backend = served.backend
-    backend.__init__()
+    backend.reset()
     return backend
 
 
@@ -29,7 +31,7 @@ def client(served):
         yield client
 
 
-def say(client, text, user="u1", **more):
+def say(client, text, user: Any = "u1", **more: Any) -> Any:
     messages = [{"role": "user", "content": text}]
     return client.chat.completions.create(model=MODEL, messages=messages, user=user, **more)
 
