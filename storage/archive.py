@@ -118,7 +118,8 @@ def _end_record(data: bytes, file: str) -> tuple[int, int]:
             )
         raise NotATitanmem(file, "a file begins with a ZIP archive", "the bytes PK\\3\\4", head)
     if data[-_END.size :][:4] != _END_MAGIC:
-        if data.rfind(_END_MAGIC) < 0:
+        found = data.rfind(_END_MAGIC)
+        if not 0 <= found <= len(data) - _END.size:
             raise Truncated(file, "a file ends with the ZIP end record", "PK\\5\\6 and 18 bytes", data[-4:])
         raise NotATitanmem(file, "nothing follows the ZIP end record", "its 22 bytes last", "more bytes")
     _, disk, disk_cd, count_here, count, size, offset, comment = _END.unpack_from(data, len(data) - _END.size)

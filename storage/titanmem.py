@@ -8,6 +8,7 @@ sizes; then CRC32s; then that positions rise and lie inside θ_M, that values ar
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import numpy as np
@@ -143,6 +144,9 @@ def _check_values(memory: Memory, file: str) -> None:
             raise CorruptIndex(file, "replay_tokens are token ids", "0 or more", int(tokens.min()))
     if memory.tail.size and int(memory.tail.min()) < 0:
         raise CorruptIndex(file, "tail holds token ids", "0 or more", int(memory.tail.min()))
+    for name, value in memory.stats.items():
+        if not math.isfinite(value):
+            raise NonFinite(file, f"stats field {name} is finite", "a finite number", value)
     for name, values in floats:
         broken = (values.view(np.uint16) & np.uint16(0x7C00)) == 0x7C00
         if broken.any():
