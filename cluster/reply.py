@@ -102,8 +102,6 @@ class Reply:
                 if piece:
                     self.text += piece
                     yield piece
-                if self.done is not None:
-                    break
             if self.done is None:
                 raise ShardUnavailable("the user's shard", "the reply broke off")
         except (asyncio.CancelledError, GeneratorExit):

@@ -1,0 +1,139 @@
+"""A client that goes away stops costing at once, and the first token does not wait for the second."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import httpx
+import openai
+import pytest
+
+from tests.cluster.fake_backend import MODEL, eventually, serving
+
+SOON_S = 0.5
+"""What "at once" may take on a busy machine; the replies below would take a minute."""
+BODY = {"model": MODEL, "user": "u1", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.fixture(scope="module")
+def served():
+    with serving() as door:
+        yield door
+
+
+@pytest.fixture(scope="module")
+def http():
+    with httpx.Client(timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def backend(served):
+    served.backend.reset()
+    return served.backend
+
+
+def slow(backend, pace_s=0.05):
+    backend.pace_s = pace_s
+    backend.reply = "word " * 1000
+
+
+def ended_at_once(backend):
+    begun_s = time.monotonic()
+    assert eventually(lambda: not backend.running and len(backend.cancelled) == 1)
+    assert time.monotonic() - begun_s < SOON_S
+
+
+def test_leaving_a_stream_cancels_the_call(served, backend):
+    slow(backend)
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
+        stream = client.chat.completions.create(**BODY, stream=True)
+        received = [next(stream) for _ in range(4)]
+        assert backend.running == {received[0].id}
+        stream.close()
+        ended_at_once(backend)
+    assert backend.cancelled == [received[0].id]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_leaving_before_the_first_token_cancels_the_call(served, http, backend, stream):
+    slow(backend, pace_s=60)
+    with pytest.raises(httpx.ReadTimeout):
+        http.post(f"{served.url}/v1/chat/completions", json={**BODY, "stream": stream}, timeout=0.3)
+    ended_at_once(backend)
+
+
+def test_leaving_in_the_middle_of_a_whole_answer_cancels_the_call(served, http, backend):
+    slow(backend)
+    with pytest.raises(httpx.ReadTimeout):
+        http.post(f"{served.url}/v1/chat/completions", json=BODY, timeout=0.3)
+    ended_at_once(backend)
+
+
+def test_a_reply_that_ends_is_not_cancelled(served, http, backend):
+    for stream in (False, True):
+        reply = http.post(f"{served.url}/v1/chat/completions", json={**BODY, "stream": stream})
+        assert reply.status_code == 200
+    assert backend.running == set()
+    assert backend.cancelled == []
+
+
+def test_the_first_token_is_sent_before_the_second_is_there(served, http, backend):
+    slow(backend, pace_s=0.4)
+    body = {**BODY, "stream": True, "max_tokens": 3}
+    begun_s = time.monotonic()
+    arrivals, texts = [], []
+    with http.stream("POST", f"{served.url}/v1/chat/completions", json=body) as reply:
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
+                delta = json.loads(line[6:])["choices"][0]["delta"]
+                if delta.get("content"):
+                    arrivals.append(time.monotonic() - begun_s)
+                    texts.append(delta["content"])
+    assert len(texts) == 3
+    assert arrivals[0] < 0.7, "one pace, and not three"
+    assert arrivals[1] - arrivals[0] > 0.2
+    assert arrivals[2] - arrivals[1] > 0.2
+
+
+def test_the_last_lines_are_done(served, http, backend):
+    reply = http.post(f"{served.url}/v1/chat/completions", json={**BODY, "stream": True})
+    assert reply.text.endswith("data: [DONE]\n\n")
+    assert all(event.startswith("data: ") for event in reply.text.removesuffix("\n\n").split("\n\n"))
+
+
+def test_a_reply_that_breaks_off_has_no_done(served, http, backend):
+    backend.break_after = 2
+    reply = http.post(f"{served.url}/v1/chat/completions", json={**BODY, "stream": True})
+    assert reply.status_code == 200
+    assert "[DONE]" not in reply.text
+    last = json.loads(reply.text.rstrip().rpartition("data: ")[2])
+    assert last["error"]["code"] == "internal_error"
+    assert "secret" not in reply.text
+
+
+def test_a_shard_that_ends_without_a_word_is_an_error(served, http, backend):
+    async def silent(call):
+        backend.chats.append(call)
+        return
+        yield
+
+    backend.chat = silent
+    reply = http.post(f"{served.url}/v1/chat/completions", json=BODY)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "shard_unavailable")
+
+
+def test_many_clients_at_once_get_their_own_answers(served, http, backend):
+    from concurrent.futures import ThreadPoolExecutor
+
+    backend.pace_s = 0.002
+
+    def ask(number):
+        body = {**BODY, "user": f"u{number}", "messages": [{"role": "user", "content": f"I am {number}."}]}
+        reply = http.post(f"{served.url}/v1/chat/completions", json=body)
+        return reply.json()["choices"][0]["message"]["content"]
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(ask, range(48))) == [f"Noted: I am {number}." for number in range(48)]
