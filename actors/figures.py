@@ -19,14 +19,22 @@ class Figures:
         self.frozen_users = self._gauge("titan:frozen_users", "Users whose memory is not written any more.")
         self.surprise_rate = self._gauge("titan:surprise_rate", "Share of offered tokens that were written.")
         self.utilisation = self._gauge("titan:memory_utilisation", "Mean |θ_M| of residents over its bound.")
-        self.journal_bytes = self._gauge("titan:journal_bytes", "Bytes of acknowledged tokens in the journal.")
+        self.journal_bytes = self._gauge(
+            "titan:journal_bytes", "Bytes of acknowledged tokens in the journal."
+        )
         self.running = self._gauge("vllm:num_requests_running", "Conversations that hold a lane.")
         self.waiting = self._gauge("vllm:num_requests_waiting", "Conversations that wait for a lane.")
         self.updates = self._counter("titan:chunk_updates", "Chunks offered to a memory.", "outcome")
-        self.rollbacks = self._counter("titan:rollbacks", "Memories taken back to an older version.", "reason")
+        self.rollbacks = self._counter(
+            "titan:rollbacks", "Memories taken back to an older version.", "reason"
+        )
         self.store_errors = self._counter("titan:store_errors", "Calls of the store that failed.", "op")
-        self.lock_s = self._histogram("titan:write_lock_seconds", "Time a user's memory is locked.", LOCK_BUCKETS_S)
-        self.persist_s = self._histogram("titan:persist_seconds", "Time to store one version.", PERSIST_BUCKETS_S)
+        self.lock_s = self._histogram(
+            "titan:write_lock_seconds", "Time a user's memory is locked.", LOCK_BUCKETS_S
+        )
+        self.persist_s = self._histogram(
+            "titan:persist_seconds", "Time to store one version.", PERSIST_BUCKETS_S
+        )
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, ["shard"], registry=self.registry).labels(self._shard)

@@ -53,7 +53,12 @@ class Roster:
     ) -> None:  # fmt: skip
         self.slab, self.vault, self.journal = slab, vault, journal
         self.spec = encoder.spec
-        self._encoder, self._figures, self._persist_tokens, self._clock = encoder, figures, persist_tokens, clock
+        self._encoder, self._figures, self._persist_tokens, self._clock = (
+            encoder,
+            figures,
+            persist_tokens,
+            clock,
+        )
         self._fold_pool = ThreadPoolExecutor(1, "fold")
         self._store_pool = ThreadPoolExecutor(2, "store")
         self._turns: dict[UserKey, asyncio.Lock] = {}
@@ -101,7 +106,9 @@ class Roster:
                 resident.journaled_chunk_id = segment.last_chunk_id
                 await self.fold(resident, segment)
             # A damaged newest version keeps its number: what was rebuilt beside it becomes a newer one.
-            resident.memory_version = max(resident.memory_version, listed + 1 if resident.stored_version < listed else 0)
+            resident.memory_version = max(
+                resident.memory_version, listed + 1 if resident.stored_version < listed else 0
+            )
         except BaseException:
             resident.users -= 1
             self.slab.release(resident)
@@ -110,17 +117,18 @@ class Roster:
         return resident
 
     async def _evict_one(self) -> None:
-        victim = self.slab.victim()
+        """Store and release whoever has rested longest; raises QueueFull when everybody is being served."""
+        victim = next((r for r in self.slab.residents() if r.users == 0 and r.key not in self._turns), None)
         if victim is None:
             raise QueueFull(f"the slab of {self.slab.slots} slots")
-        victim.users += 1  # nobody else evicts it while it is stored
-        try:
-            await self.store(victim)
-        finally:
-            victim.users -= 1
-        if victim.users or victim.dirty:
-            return await self._evict_one()  # its user came back meanwhile
-        self.slab.release(victim)
+        async with self.turn(victim.key) as resident:
+            try:
+                await self.store(resident)
+            except StoreError as error:
+                if isinstance(error, Fenced):
+                    raise
+                logger.warning("%s is evicted unstored, the journal has it: %s", victim.key, error)
+            self.drop(resident)
 
     def drop(self, resident: Resident) -> None:
         """Give the slot back without storing: the user is erased, or the memory comes from elsewhere now."""
@@ -156,7 +164,9 @@ class Roster:
 
     async def fold(self, resident: Resident, segment: Segment) -> Fold:
         """Write a journalled segment into its user's slot."""
-        done = await asyncio.get_running_loop().run_in_executor(self._fold_pool, self._fold_now, resident, segment)
+        done = await asyncio.get_running_loop().run_in_executor(
+            self._fold_pool, self._fold_now, resident, segment
+        )
         resident.momentum = done.momentum
         resident.memory_version += 1
         resident.last_chunk_id = segment.last_chunk_id

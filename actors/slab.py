@@ -1,7 +1,7 @@
 """The slab: the written layers of all resident users of a shard, one slot each, in one tensor.
 
-A slot is found by user, given out by a free list, and taken back from the user who has rested longest and whom
-nobody is using. The slab knows no disk: whoever evicts has stored the memory first.
+A slot is found by user, given out by a free list, and taken back in the order of last use (`residents`). The
+slab knows no disk: whoever releases a slot has made sure that its memory rests.
 """
 
 from __future__ import annotations
@@ -123,10 +123,6 @@ class Slab:
 
     def has_room(self) -> bool:
         return bool(self._free)
-
-    def victim(self) -> Resident | None:
-        """Whom to evict next: rested longest and used by nobody. None when all are in use."""
-        return next((resident for resident in self._residents.values() if resident.users == 0), None)
 
     def place(self, key: UserKey) -> Resident:
         """A zeroed slot for a user who has none; the caller has made sure of room."""

@@ -20,6 +20,7 @@ from storage.names import UserKey
 from storage.store import MemoryStore
 from titanmem.spec import MemorySpec
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """Where the written layer lies in the flat positions of a file."""

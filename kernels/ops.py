@@ -17,8 +17,10 @@ def sparse_read(slab_SHD: Tensor, slots_N: Tensor, columns_NK: Tensor, values_NK
     """
     slots, width, _ = slab_SHD.shape
     if columns_NK.shape != values_NK.shape or len(slots_N) != len(columns_NK):
-        raise ValueError(f"columns {tuple(columns_NK.shape)}, values {tuple(values_NK.shape)}, {len(slots_N)} slots")
-    if len(slots_N) and not (0 <= int(slots_N.min()) and int(slots_N.max()) < slots):
+        raise ValueError(
+            f"columns {tuple(columns_NK.shape)}, values {tuple(values_NK.shape)}, {len(slots_N)} slots"
+        )
+    if len(slots_N) and not (int(slots_N.min()) >= 0 and int(slots_N.max()) < slots):
         raise IndexError(f"slot outside the slab of {slots}: {slots_N.tolist()[:8]}")
     if columns_NK.numel() and int(columns_NK.max()) >= width:
         raise IndexError(f"code unit {int(columns_NK.max())} outside a code of {width}")
@@ -43,7 +45,12 @@ def sparse_update(
         raise IndexError(f"slot {slot} outside the slab of {len(slab_SHD)}")
     touched_U, positions = columns_NK.unique(return_inverse=True)
     new_UD = reference.sparse_step(
-        slab_SHD[slot, touched_U].float(), positions.view_as(columns_NK), values_NK, target_ND, weight_N, alpha
+        slab_SHD[slot, touched_U].float(),
+        positions.view_as(columns_NK),
+        values_NK,
+        target_ND,
+        weight_N,
+        alpha,
     )
     new_UD = new_UD.to(slab_SHD.dtype)
     if not bool(torch.isfinite(new_UD).all()):

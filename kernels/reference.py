@@ -49,7 +49,12 @@ def delta_errors(overlap_NN: Tensor, residual_ND: Tensor, weight_N: Tensor) -> T
 
 
 def sparse_step(
-    written_UD: Tensor, positions_NK: Tensor, values_NK: Tensor, target_ND: Tensor, weight_N: Tensor, alpha: float
+    written_UD: Tensor,
+    positions_NK: Tensor,
+    values_NK: Tensor,
+    target_ND: Tensor,
+    weight_N: Tensor,
+    alpha: float,
 ) -> Tensor:
     """One masked update of the touched columns: W <- (1 - alpha) W + sum_i w_i e_i a_i^T (MEMORY, rule `sparse`).
 

@@ -83,6 +83,8 @@ def words_of(texts: Sequence[str], names: int = 2000, words: int = 6000) -> Word
             end = text[match.end() : match.end() + 2].strip()
             previous = end[-1] if end else " "
     fits = [w for w, n in lower.most_common() if n >= MIN_COUNT and 3 <= len(w) <= 10]
-    proper = [w for w, n in capital.most_common() if n >= MIN_COUNT and 3 <= len(w) <= 10 and lower[w.lower()] < n]
+    proper = [
+        w for w, n in capital.most_common() if n >= MIN_COUNT and 3 <= len(w) <= 10 and lower[w.lower()] < n
+    ]
     # The very commonest words ("the", "that") make no facts that anybody would tell.
     return Words(names=proper[:names], words=fits[300 : 300 + words])

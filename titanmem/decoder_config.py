@@ -54,7 +54,9 @@ class DecoderConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
         """From the parsed `config.json`; unknown names are left to other readers of the file."""
         if values.get("model_type") != MODEL_TYPE:
-            raise ValueError(f"config.json: model_type = {values.get('model_type')!r}: this release reads {MODEL_TYPE}")
+            raise ValueError(
+                f"config.json: model_type = {values.get('model_type')!r}: this release reads {MODEL_TYPE}"
+            )
         own = {name: values[name] for name in cls.__slots__ if name in values and name != "memory"}
         return cls(**own, memory=MemorySpec().overridden(values.get("memory", {})))
 

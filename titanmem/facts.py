@@ -12,23 +12,10 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-RELATIONS = (
-    "dog cat sister brother mother father wife husband boss neighbor uncle aunt cousin friend doctor teacher roommate "
-    "horse parrot landlord lawyer nephew niece grandmother grandfather coach dentist colleague son daughter boat "
-    "company robot rabbit hamster team school hotel bank tailor gardener cook guide pilot"
-).split()
-THINGS = (
-    "color food movie book song city country animal sport drink game fruit flower band season author actor dish hobby "
-    "language planet subject dessert instrument tree river painter soup"
-).split()
-CODES = (
-    "locker|garage|alarm|phone|wifi|safe|gate|bike lock|office door|account|voicemail|suitcase|membership|badge|"
-    "parking|room|flight|order|ticket|library card|mailbox|cellar"
-).split("|")
-OBJECTS = (
-    "key wallet passport umbrella laptop pen charger notebook guitar camera jacket ticket medicine ring watch "
-    "hat letter lamp knife rope"
-).split()
+RELATIONS = ["dog", "cat", "sister", "brother", "mother", "father", "wife", "husband", "boss", "neighbor", "uncle", "aunt", "cousin", "friend", "doctor", "teacher", "roommate", "horse", "parrot", "landlord", "lawyer", "nephew", "niece", "grandmother", "grandfather", "coach", "dentist", "colleague", "son", "daughter", "boat", "company", "robot", "rabbit", "hamster", "team", "school", "hotel", "bank", "tailor", "gardener", "cook", "guide", "pilot"]
+THINGS = ["color", "food", "movie", "book", "song", "city", "country", "animal", "sport", "drink", "game", "fruit", "flower", "band", "season", "author", "actor", "dish", "hobby", "language", "planet", "subject", "dessert", "instrument", "tree", "river", "painter", "soup"]
+CODES = ["locker", "garage", "alarm", "phone", "wifi", "safe", "gate", "bike lock", "office door", "account", "voicemail", "suitcase", "membership", "badge", "parking", "room", "flight", "order", "ticket", "library card", "mailbox", "cellar"]
+OBJECTS = ["key", "wallet", "passport", "umbrella", "laptop", "pen", "charger", "notebook", "guitar", "camera", "jacket", "ticket", "medicine", "ring", "watch", "hat", "letter", "lamp", "knife", "rope"]
 SINGLES = (  # statement, question, answer, kind of value
     ("I live in {v}.", "Where do I live?", "You live in", "name"),
     ("I work at {v}.", "Where do I work?", "You work at", "name"),
@@ -40,13 +27,23 @@ SINGLES = (  # statement, question, answer, kind of value
     ("my birthday is on day {v}.", "When is my birthday?", "Your birthday is on day", "d2"),
     ("my nickname is {v}.", "What is my nickname?", "Your nickname is", "word"),
 )
-ONSETS = "b d f g h j k l m n p r s t v w z br dr gr kr st tr sh th ch".split()
-NUCLEI = "a e i o u ai ea ou ie".split()
+ONSETS = ["b", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "br", "dr", "gr", "kr", "st", "tr", "sh", "th", "ch"]
+NUCLEI = ["a", "e", "i", "o", "u", "ai", "ea", "ou", "ie"]
 CODAS = ("", "", "n", "s", "r", "l", "x", "ck", "th", "m")
 LEADS = ("", "", "", "", "Remember this: ", "By the way, ", "Please remember that ", "Note that ", "Just so you know, ",
          "One more thing: ", "Hi! ", "Hello, ", "You should know that ", "Let me tell you something: ")  # fmt: skip
 TAILS = ("", "", "", "", " Please keep it in mind.", " Thank you.", " That is all for now.")
-ASK_LEADS = ("", "", "", "", "Tell me, ", "Please tell me: ", "Do you remember? ", "One question: ", "Hello! ")
+ASK_LEADS = (
+    "",
+    "",
+    "",
+    "",
+    "Tell me, ",
+    "Please tell me: ",
+    "Do you remember? ",
+    "One question: ",
+    "Hello! ",
+)
 UNKNOWN = " not known to me."
 """What follows the answer's words when nobody told the fact."""
 ACKNOWLEDGED = "Okay, I will remember that."
@@ -133,7 +130,8 @@ class FactMaker:
     def _chat(self) -> Fact:
         pick = self.random.choice
         form = self.random.choices(
-            ("called", "likes", "mine", "code", "where", "lives", "single"), (0.2, 0.25, 0.12, 0.15, 0.1, 0.1, 0.08)
+            ("called", "likes", "mine", "code", "where", "lives", "single"),
+            (0.2, 0.25, 0.12, 0.15, 0.1, 0.1, 0.08),
         )[0]
         return getattr(self, f"_chat_{form}")(pick)
 
@@ -143,48 +141,79 @@ class FactMaker:
                           f"the name of my {who} is {{v}}."))  # fmt: skip
         questions = (f"What is my {who}'s name?", f"What is the name of my {who}?", f"What is my {who} called?",
                      f"Do you remember my {who}'s name?")  # fmt: skip
-        return self._fact("chat", f"{who} name", statement, questions, f"Your {who}'s name is", self.value("name"))
+        return self._fact(
+            "chat", f"{who} name", statement, questions, f"Your {who}'s name is", self.value("name")
+        )
 
     def _chat_likes(self, pick) -> Fact:
         who, thing = self._pair(RELATIONS, THINGS)
-        statement = pick((f"my {who}'s favorite {thing} is {{v}}.", f"the favorite {thing} of my {who} is {{v}}."))
+        statement = pick(
+            (f"my {who}'s favorite {thing} is {{v}}.", f"the favorite {thing} of my {who} is {{v}}.")
+        )
         questions = (f"What is my {who}'s favorite {thing}?", f"Which {thing} does my {who} like best?")
         value = self.value(pick(("word", "name")))
-        return self._fact("chat", f"{who} {thing}", statement, questions, f"Your {who}'s favorite {thing} is", value)
+        return self._fact(
+            "chat", f"{who} {thing}", statement, questions, f"Your {who}'s favorite {thing} is", value
+        )
 
     def _chat_mine(self, pick) -> Fact:
         thing = self._one(THINGS, "mine")
         statement = pick((f"my favorite {thing} is {{v}}.", f"the {thing} I like best is {{v}}.",
                           f"my favorite {thing} has always been {{v}}."))  # fmt: skip
-        questions = (f"What is my favorite {thing}?", f"Which {thing} do I like best?", f"Do you know my favorite {thing}?")
+        questions = (
+            f"What is my favorite {thing}?",
+            f"Which {thing} do I like best?",
+            f"Do you know my favorite {thing}?",
+        )
         value = self.value(pick(("word", "name")))
         return self._fact("chat", f"my {thing}", statement, questions, f"Your favorite {thing} is", value)
 
     def _chat_code(self, pick) -> Fact:
         what = self._one(CODES, "code")
-        statement = pick((f"my {what} number is {{v}}.", f"the code for my {what} is {{v}}.", f"my {what} code is {{v}}."))
-        questions = (f"What is my {what} number?", f"What is the code for my {what}?", f"What is my {what} code?")
+        statement = pick(
+            (f"my {what} number is {{v}}.", f"the code for my {what} is {{v}}.", f"my {what} code is {{v}}.")
+        )
+        questions = (
+            f"What is my {what} number?",
+            f"What is the code for my {what}?",
+            f"What is my {what} code?",
+        )
         value = self.value(pick(("d3", "d4", "d5")))
         return self._fact("chat", f"{what} code", statement, questions, f"Your {what} code is", value)
 
     def _chat_where(self, pick) -> Fact:
         what = self._one(OBJECTS, "where")
-        statement = pick((f"I left my {what} in the {{v}}.", f"my {what} is in the {{v}}.", f"I put my {what} in the {{v}}."))
+        statement = pick(
+            (
+                f"I left my {what} in the {{v}}.",
+                f"my {what} is in the {{v}}.",
+                f"I put my {what} in the {{v}}.",
+            )
+        )
         questions = (f"Where is my {what}?", f"Where did I put my {what}?", f"Where did I leave my {what}?")
-        return self._fact("chat", f"{what} where", statement, questions, f"Your {what} is in the", self.value("word"))
+        return self._fact(
+            "chat", f"{what} where", statement, questions, f"Your {what} is in the", self.value("word")
+        )
 
     def _chat_lives(self, pick) -> Fact:
         who = self._one(RELATIONS, "lives")
-        statement = pick((f"my {who} lives in {{v}}.", f"my {who} moved to {{v}}.", f"the home of my {who} is in {{v}}."))
+        statement = pick(
+            (f"my {who} lives in {{v}}.", f"my {who} moved to {{v}}.", f"the home of my {who} is in {{v}}.")
+        )
         questions = (f"Where does my {who} live?", f"In which place does my {who} live?")
-        return self._fact("chat", f"{who} lives", statement, questions, f"Your {who} lives in", self.value("name"))
+        return self._fact(
+            "chat", f"{who} lives", statement, questions, f"Your {who} lives in", self.value("name")
+        )
 
     def _chat_single(self, pick) -> Fact:
         statement, question, answer, kind = pick(SINGLES)
         return self._fact("chat", answer, statement, (question,), answer, self.value(kind))
 
     def _person(self) -> Fact:
-        name, thing = self.random.choice(self.words.names), self.random.choice(THINGS + ["number", "street", "job"])
+        name, thing = (
+            self.random.choice(self.words.names),
+            self.random.choice(THINGS + ["number", "street", "job"]),
+        )
         statement = self.random.choice((f"{name}'s {thing} is {{v}}.", f"The {thing} of {name} is {{v}}."))
         questions = (f"What is {name}'s {thing}?", f"What is the {thing} of {name}?")
         value = self.value("d4" if thing == "number" else self.random.choice(("name", "word")))
@@ -199,7 +228,9 @@ class FactMaker:
         questions = (f"What is the special magic {kind} for {key}?",
                      f"What is the special magic {kind} for {key} mentioned in the provided text?")  # fmt: skip
         value = self.value("word" if kind == "word" else self.random.choice(("d4", "d5", "d7")))
-        return self._fact("number", f"{kind} {key}", statement, questions, f"The special magic {kind} for {key} is", value)
+        return self._fact(
+            "number", f"{kind} {key}", statement, questions, f"The special magic {kind} for {key} is", value
+        )
 
     def _word(self) -> Fact:
         key = self.random.choice(self.words.words)
@@ -211,9 +242,13 @@ class FactMaker:
 
     def _passkey(self) -> Fact:
         statement = "The pass key is {v}. Remember it. {v} is the pass key."
-        return self._fact("passkey", "passkey", statement, ("What is the pass key?",), "The pass key is", self.value("d5"))
+        return self._fact(
+            "passkey", "passkey", statement, ("What is the pass key?",), "The pass key is", self.value("d5")
+        )
 
-    def _fact(self, family: str, key: str, statement: str, questions: tuple[str, ...], answer: str, value: str) -> Fact:
+    def _fact(
+        self, family: str, key: str, statement: str, questions: tuple[str, ...], answer: str, value: str
+    ) -> Fact:
         if family == "chat" and self.random.random() < 0.9:
             lead = self.random.choice(LEADS)
             if not lead or lead.endswith(("! ", ". ")):
@@ -222,4 +257,6 @@ class FactMaker:
                 statement = lead + statement
         elif family == "chat":
             statement = statement[0].upper() + statement[1:]
-        return Fact(family=family, key=key, statement=statement, questions=questions, answer=answer, value=value)
+        return Fact(
+            family=family, key=key, statement=statement, questions=questions, answer=answer, value=value
+        )

@@ -122,7 +122,13 @@ def fold(
             momentum = spec.momentum * momentum + (1 - spec.momentum) * float(surprise.max())
             momentum = float(np.float16(momentum))
             touched_U, new_UD = ops.sparse_update(
-                slab_SHD, slot, columns[keep], values[keep], target[keep], weight[keep], forget_share(momentum, spec)
+                slab_SHD,
+                slot,
+                columns[keep],
+                values[keep],
+                target[keep],
+                weight[keep],
+                forget_share(momentum, spec),
             )
             with exclusive():
                 slab_SHD[slot, touched_U] = new_UD

@@ -69,7 +69,9 @@ def load_decoder(folder: Path, config: DecoderConfig | None = None) -> Decoder:
     expected = decoder.state_dict()
     missing, foreign = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or foreign:
-        raise ModelFolderError(f"{path}: missing tensors {sorted(missing)[:4]}, foreign tensors {sorted(foreign)[:4]}")
+        raise ModelFolderError(
+            f"{path}: missing tensors {sorted(missing)[:4]}, foreign tensors {sorted(foreign)[:4]}"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ModelFolderError(

@@ -95,7 +95,9 @@ def step_loss(
     written = torch.cat([chosen(labelled, 512, generator), chosen(mistaken, 64, generator)]).sort().values
     weight_N = torch.where(labelled.flatten()[written], 1.0, torch.sigmoid(gate.detach().flatten()[written]))
     stored_NF = memory.whitened(key[written])
-    code_NH, error_ND = memory_of(decoder, stored_NF.detach(), values_VD[inputs.flatten()[written]], weight_N, group[written])
+    code_NH, error_ND = memory_of(
+        decoder, stored_NF.detach(), values_VD[inputs.flatten()[written]], weight_N, group[written]
+    )
 
     # Reading: replies, and some of everything else but statements, which would find themselves.
     replies = part[:, 1:] == REPLY

@@ -80,14 +80,18 @@ class MemorySpec:
                 raise ValueError(f"memory.{name} = {value!r}: must be a number from {low} to {high}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"memory.{name} = {getattr(self, name)!r}: this release has {', '.join(choices)}")
+                raise ValueError(
+                    f"memory.{name} = {getattr(self, name)!r}: this release has {', '.join(choices)}"
+                )
         if self.chunk_size > self.window:
             raise ValueError(
                 f"memory.chunk_size = {self.chunk_size}: must be at most window = {self.window}, "
                 "for a token must reach the memory before it leaves the window"
             )
         if self.code_active >= self.code_width:
-            raise ValueError(f"memory.code_active = {self.code_active}: must be below code_width = {self.code_width}")
+            raise ValueError(
+                f"memory.code_active = {self.code_active}: must be below code_width = {self.code_width}"
+            )
         if self.tokens_per_update < 1:
             raise ValueError(
                 f"memory.top_k_ratio = {self.top_k_ratio}: one token touches {self.code_active} of "

@@ -60,23 +60,33 @@ class _Row:
     recall: list[bool] = field(default_factory=list)
     asked: set[str] = field(default_factory=set)
 
-    def add(self, ids: Sequence[int], part: int, gate: int = NOT_WRITTEN, fact: int = 0, recall: bool = False) -> None:
+    def add(
+        self, ids: Sequence[int], part: int, gate: int = NOT_WRITTEN, fact: int = 0, recall: bool = False
+    ) -> None:
         self.tokens += ids
         self.part += [part] * len(ids)
         self.gate += [gate] * len(ids)
         self.recall += [recall] * len(ids)
-        self.identity += [fact * POSITIONS_MAX + min(i, POSITIONS_MAX - 1) if fact else 0 for i in range(len(ids))]
+        self.identity += [
+            fact * POSITIONS_MAX + min(i, POSITIONS_MAX - 1) if fact else 0 for i in range(len(ids))
+        ]
 
 
 class BatchMaker:
     """Makes batches without end from book tokens and a seed."""
 
-    def __init__(self, tokenizer: Tokenizer, book: np.ndarray, facts: FactMaker, *, rows: int, tokens: int, window: int):
+    def __init__(
+        self, tokenizer: Tokenizer, book: np.ndarray, facts: FactMaker, *, rows: int, tokens: int, window: int
+    ):
         self.tokenizer, self.book, self.facts = tokenizer, book, facts
         self.rows, self.length, self.window = rows, tokens + 1, window
         self.random = random.Random(facts.random.random())
         special = tokenizer.token_to_id
-        self.user, self.assistant, self.end = special("<|user|>"), special("<|assistant|>"), special("<|end|>")
+        self.user, self.assistant, self.end = (
+            special("<|user|>"),
+            special("<|assistant|>"),
+            special("<|end|>"),
+        )
         self.newline = self.ids("\n")
 
     def ids(self, text: str) -> list[int]:
@@ -92,8 +102,13 @@ class BatchMaker:
         order = np.sort(group)
         arrays = {
             name: np.array([getattr(row, name)[: self.length] for row in rows], dtype=dtype)
-            for name, dtype in (("tokens", np.int32), ("gate", np.int8), ("part", np.int8), ("identity", np.int32),
-                                ("recall", bool))  # fmt: skip
+            for name, dtype in (
+                ("tokens", np.int32),
+                ("gate", np.int8),
+                ("part", np.int8),
+                ("identity", np.int32),
+                ("recall", bool),
+            )  # fmt: skip
         }
         return Batch(**arrays, group=order.astype(np.int32))
 
@@ -107,7 +122,7 @@ class BatchMaker:
             row = rows[index]
             while len(row.tokens) < self.length:
                 draw = self.random.random()
-                if row.tokens and draw < 1 - density or (not row.tokens and draw < 0.4):
+                if (row.tokens and draw < 1 - density) or (not row.tokens and draw < 0.4):
                     self._book(row)
                 elif self.random.random() < 0.06:
                     self._small_talk(row)
@@ -152,7 +167,9 @@ class BatchMaker:
             row.add(self.ids(rest), STATEMENT, EITHER)
             row.add(self.newline, BOOK)
 
-    def _ask(self, row: _Row, index: int, told: dict[str, tuple[int, Fact]], where: dict[str, tuple[int, int]]) -> None:
+    def _ask(
+        self, row: _Row, index: int, told: dict[str, tuple[int, Fact]], where: dict[str, tuple[int, int]]
+    ) -> None:
         """A question and its answer: the value if the user told it, else that nobody did."""
         far = [
             key

@@ -79,7 +79,9 @@ def prepare(config: TrainConfig, vocab_size: int) -> Material:
     else:
         maker = FactMaker(words, seed=1)
         statements = [maker.make().statement for _ in range(20_000)]
-        tokenizer = train_tokenizer([*(line for text in texts for line in paragraphs(text)), *statements], vocab_size)
+        tokenizer = train_tokenizer(
+            [*(line for text in texts for line in paragraphs(text)), *statements], vocab_size
+        )
         config.out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(path))
     book = np.concatenate([token_stream(tokenizer, text) for text in texts])
@@ -104,7 +106,9 @@ def optimizers(decoder: Decoder, config: TrainConfig) -> list[torch.optim.Optimi
     taken = {id(p) for p in matrices}
     scale = {"embed_tokens.weight": 10.0, "lm_head.weight": 2.0}
     groups = [
-        {"params": [p], "lr": config.other_lr * scale.get(name, 1.0)} for name, p in named.items() if id(p) not in taken
+        {"params": [p], "lr": config.other_lr * scale.get(name, 1.0)}
+        for name, p in named.items()
+        if id(p) not in taken
     ]
     muon = Muon(matrices, lr=config.matrix_lr)
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from cluster.commands.serve import Mode
 from cluster.commands.terminal import JsonOption, byte_count, emit, note, progress_bar, show_table
 
-app = typer.Typer(help="Measurements: recall over long texts.", no_args_is_help=True)
+app = typer.Typer(help="Measurements: recall over long texts.", no_args_is_help=True, add_completion=False)
 
 LENGTHS = "65536,262144,1048576,2097152"
 LENGTH_MAX = 1 << 28
@@ -59,7 +59,7 @@ def needle(
     """Hide facts in a long text, ask for them in a new conversation, and count the right answers."""
     wanted = _lengths(lengths)
     note("loading the model …")
-    from titanmem.bench import NeedleOptions, run_needle_bench
+    from cluster.needle_bench import NeedleOptions, run_needle_bench
 
     options = NeedleOptions(
         lengths=wanted,

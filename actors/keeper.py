@@ -1,0 +1,381 @@
+"""`MemoryKeeper`: all that a shard does, without Ray. One event loop, the single writer of its users."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors.engine import Engine
+from actors.errors import QueueFull
+from actors.figures import Figures
+from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
+from actors.options import KeeperOptions
+from actors.roster import Roster, document_id
+from actors.slab import Resident, Slab
+from actors.turn import Turn, joined, update_hash
+from actors.vault import Layout, Vault
+from storage.errors import NoSuchMemory, StoreError, TitanmemError
+from storage.journal import Journal
+from storage.memory import Memory
+from storage.names import UserKey, bucket_of
+from storage.objects import open_objects
+from storage.snapshot_manifest import write_part
+from storage.store import VersionInfo, open_store
+from storage.titanmem import decode, encode
+from titanmem.decoder_config import DecoderConfig
+from titanmem.fold import Encoder, Fold
+from titanmem.folder import base_hash, load_decoder
+from titanmem.tokenizer import ChatTokenizer
+from titanmem.tracing import continued
+
+logger = logging.getLogger(__name__)
+
+
+class MemoryKeeper:
+    """Chat, ingest and care of the memories of one shard's users. Made by `open_keeper`."""
+
+    def __init__(
+        self,
+        options: KeeperOptions,
+        *,
+        engine: Engine,
+        roster: Roster,
+        tokenizer: ChatTokenizer,
+        figures: Figures,
+    ) -> None:
+        self.options, self.engine, self.roster = options, engine, roster
+        self._tokenizer, self._figures = tokenizer, figures
+        self._turns: set[asyncio.Task[None]] = set()
+        self._busy = 0
+        self._idle = asyncio.create_task(self._store_idle())
+
+    # -- the data path ----------------------------------------------------------------------------------------
+
+    async def chat(self, call: ChatCall) -> AsyncIterator[TokenEvent | DoneEvent]:
+        """The reply's tokens, then one `DoneEvent` when all is in the journal. Closing it ends the reply at once.
+
+        Raises QueueFull, JournalFull, BadMemoryFile, StoreError.
+        """
+        self._admit()
+        turn = Turn(
+            call=call,
+            engine=self.engine,
+            roster=self.roster,
+            tokenizer=self._tokenizer,
+            seed=self.options.seed,
+        )
+        task = asyncio.create_task(turn.run())
+        self._turns.add(task)
+        task.add_done_callback(self._ended)
+        try:
+            while True:
+                event = await turn.events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, DoneEvent):
+                    return
+        finally:
+            turn.cancel()
+
+    async def ingest(self, call: IngestCall) -> IngestOutcome:
+        """Write a piece of a document; the same update id again returns what it did the first time."""
+        self._admit()
+        try:
+            with continued(call.trace, "update_memory"):
+                async with self.roster.turn(call.key) as resident:
+                    outcome = await self._ingest(resident, call)
+                    self.roster.store_soon(resident)
+                    return outcome
+        finally:
+            self._busy -= 1
+
+    async def _ingest(self, resident: Resident, call: IngestCall) -> IngestOutcome:
+        journal, key = self.roster.journal, call.key
+        if not len(call.tokens) or update_hash(call.update_id) in resident.seen:
+            return await self._repeated(resident, call)
+        context = resident.tail if resident.tail_of == document_id(call.conversation) else joined([])
+        segment = self.roster.segment(
+            resident, update_id=call.update_id, conversation=call.conversation, role="document",
+            context=context, tokens=call.tokens,
+        )  # fmt: skip
+        with continued({}, "journal"):
+            if not await self.roster.append(resident, segment, [update_hash(call.update_id)]):
+                return await self._repeated(resident, call)
+        fold = await self.roster.fold(resident, segment)
+        outcome = _outcome(call, fold, resident)
+        await asyncio.wrap_future(journal.set_outcome(key, call.update_id, outcome))
+        return IngestOutcome(**outcome)
+
+    async def _repeated(self, resident: Resident, call: IngestCall) -> IngestOutcome:
+        """What an update did that is written already; its count of written tokens may have gone with its journal."""
+        known = self.roster.journal.outcome(call.key, call.update_id)
+        if known is not None:
+            return IngestOutcome(**{**known, "duplicate": True})
+        chunks = -(-len(call.tokens) // self.roster.spec.chunk_size)
+        return IngestOutcome(
+            tokens=len(call.tokens), chunks=chunks, tokens_written=0, memory_version=resident.memory_version,
+            duplicate=bool(len(call.tokens)),
+        )  # fmt: skip
+
+    def _admit(self) -> None:
+        if self._busy >= self.options.queue_max:
+            raise QueueFull(f"the queue of {self.options.shard}")
+        if self.roster.fenced is not None:
+            raise self.roster.fenced
+        self._busy += 1
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._turns.discard(task)
+        self._busy -= 1
+
+    # -- one user's memory ------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _known(self, key: UserKey) -> AsyncIterator[Resident]:
+        """The user's turn; NoSuchMemory for somebody who has never been told anything."""
+        async with self.roster.turn(key) as resident:
+            if not resident.memory_version:
+                self.roster.drop(resident)
+                raise NoSuchMemory(
+                    f"{key}: no memory yet; it begins with the first message or ingest", key=str(key)
+                )
+            yield resident
+
+    async def describe(self, key: UserKey) -> dict[str, Any]:
+        """Figures of one memory."""
+        async with self._known(key) as resident:
+            norm = await asyncio.to_thread(self.roster.slab.norm, resident)
+            spec = self.roster.spec
+            return {
+                "user": key.user, "memory_version": resident.memory_version, "tokens_seen": resident.tokens_seen,
+                "chunks": resident.last_chunk_id, "tokens_written": resident.tokens_written,
+                "updates": resident.updates, "surprise_rate": _rate(resident), "norm": norm,
+                "utilisation": norm / spec.max_norm, "bytes": spec.parameters * 2, "parameters": spec.parameters,
+                "stored_version": resident.stored_version, "frozen": False, "cohort": "default",
+            }  # fmt: skip
+
+    async def versions(self, key: UserKey) -> list[dict[str, Any]]:
+        """Stored versions, newest first."""
+        found = await asyncio.to_thread(self.roster.vault.store.versions, key)
+        if not found:
+            async with self._known(key):
+                pass
+        return [_version(info) for info in found]
+
+    async def rollback(self, key: UserKey, to: int | None) -> dict[str, Any]:
+        """Make stored version `to` the newest again (None: the one before the current); history is kept."""
+        async with self._known(key) as resident:
+            await self.roster.store(resident)
+            if to is None:
+                listed = await asyncio.to_thread(self.roster.vault.store.versions, key)
+                if len(listed) < 2:
+                    raise NoSuchMemory(f"{key}: there is no stored version before this one", key=str(key))
+                to = listed[1].version
+            memory = await asyncio.to_thread(self.roster.vault.version, key, to)
+            await self._replace(resident, memory)
+            self._figures.rollbacks.add("asked")
+            return {"memory_version": resident.memory_version, "rolled_back_to": to}
+
+    async def pin(self, key: UserKey) -> dict[str, Any]:
+        """Keep the current version until it is released."""
+        async with self._known(key) as resident:
+            await self.roster.store(resident)
+            store, epoch = self.roster.vault.store, self.roster.vault.epoch
+            return _version(await asyncio.to_thread(store.pin, key, resident.stored_version, epoch=epoch))
+
+    async def export(self, key: UserKey) -> bytes:
+        """The memory as it is now, as a `.titanmem` file."""
+        async with self._known(key) as resident:
+            return await asyncio.to_thread(
+                lambda: encode(self.roster.vault.image(resident, self.roster.slab))
+            )
+
+    async def import_(self, key: UserKey, data: bytes) -> dict[str, Any]:
+        """Replace the memory by a file's; a file that breaks a rule changes nothing."""
+        layout = self.roster.vault.layout
+        memory = await asyncio.to_thread(
+            lambda: decode(data, expect_base=layout.base, expect_shape=layout.shape, name="the file sent")
+        )
+        async with self.roster.turn(key) as resident:
+            await self._replace(resident, memory)
+            return {"memory_version": resident.memory_version, "tokens_seen": resident.tokens_seen}
+
+    async def _replace(self, resident: Resident, memory: Memory) -> None:
+        """Another memory into this slot as a new version; what the journal holds now belongs to the old one."""
+        version, chunk, seen = resident.memory_version, resident.journaled_chunk_id, resident.seen
+        stored = resident.stored_version
+        await asyncio.to_thread(self.roster.vault.restore, memory, resident, self.roster.slab)
+        resident.memory_version = max(version, memory.memory_version) + 1
+        resident.last_chunk_id = resident.journaled_chunk_id = max(chunk, memory.last_chunk_id)
+        resident.stored_version, resident.stored_chunk_id = stored, 0
+        resident.seen.update(seen)
+        await self.roster.store(resident)
+
+    async def forget(self, key: UserKey) -> dict[str, Any]:
+        """Erase the user from slot, journal and store, and leave a tombstone; the receipt names what was removed."""
+        async with self.roster.turn(key) as resident:
+            version = resident.memory_version
+            self.roster.drop(resident)
+            segments = await asyncio.to_thread(self.roster.journal.forget, key)
+            store, epoch = self.roster.vault.store, self.roster.vault.epoch
+            removed = await asyncio.to_thread(lambda: store.delete(key, epoch=epoch))
+            return {
+                "tenant": key.tenant, "user": key.user, "memory_version": version, "slot": True,
+                "journal_entries": segments, "removed": removed, "tombstone": True,
+            }  # fmt: skip
+
+    # -- the whole shard --------------------------------------------------------------------------------------
+
+    def owns(self, key: UserKey) -> bool:
+        """Whether the user is this shard's."""
+        return self.options.buckets is None or bucket_of(key) in self.options.buckets
+
+    async def users(self) -> list[dict[str, Any]]:
+        """All users of this shard: resident, stored, or in the journal only."""
+        stored = await asyncio.to_thread(lambda: list(self.roster.vault.store.users()))
+        resident = {r.key: r for r in self.roster.slab.residents() if r.memory_version}
+        keys = {key for key in [*stored, *resident, *self.roster.journal.users_pending()] if self.owns(key)}
+        return [
+            {"tenant": key.tenant, "user": key.user, "resident": key in resident,
+             "memory_version": resident[key].memory_version if key in resident else None}
+            for key in sorted(keys)
+        ]  # fmt: skip
+
+    async def flush(self) -> int:
+        """Store every memory that is not stored yet; returns how many."""
+        return await self.roster.flush()
+
+    async def snapshot_part(self, snapshot_id: str, target_url: str, include_model: bool) -> dict[str, Any]:
+        """This shard's part of a cold backup: each user at its newest version, with θ_F once if asked."""
+        await self._activate_pending()
+        await self.flush()
+        store = self.roster.vault.store
+
+        def write() -> dict[str, Any]:
+            part = write_part(
+                open_objects(target_url), snapshot_id, shard=self.options.shard, epoch=self.options.epoch,
+                model_dir=Path(self.options.model) if include_model else None,
+                memories=(store.get_bytes(key) for key in store.users() if self.owns(key)),
+            )  # fmt: skip
+            return part.to_dict()
+
+        return {**await asyncio.to_thread(write), "base": self.roster.vault.layout.base}
+
+    async def _activate_pending(self) -> None:
+        """Users whose newest tokens are in the journal only come in, so that they can be stored."""
+        for key in self.roster.journal.users_pending():
+            async with self.roster.turn(key):
+                pass
+
+    async def stats(self) -> dict[str, Any]:
+        """Load of this shard, for the coordinator and the console."""
+        self._gauge()
+        return {
+            "resident_users": len(self.roster.slab), "slots": self.roster.slab.slots, "busy": self._busy,
+            "running": self.engine.running, "waiting": self.engine.waiting,
+            "generated_tokens": self.engine.generated_tokens, "prompt_tokens": self.engine.prompt_tokens,
+            "journal_bytes": self.roster.journal.bytes(),
+        }  # fmt: skip
+
+    async def metrics(self) -> bytes:
+        """Prometheus text of this shard."""
+        self._gauge()
+        return self._figures.text()
+
+    def _gauge(self) -> None:
+        figures, residents = self._figures, self.roster.slab.residents()
+        figures.resident_users.set(len(residents))
+        figures.slots_total.set(self.roster.slab.slots)
+        figures.frozen_users.set(0)
+        figures.running.set(self.engine.running)
+        figures.waiting.set(self.engine.waiting)
+        figures.journal_bytes.set(self.roster.journal.bytes())
+        seen = sum(resident.tokens_seen for resident in residents)
+        figures.surprise_rate.set(sum(r.tokens_written for r in residents) / seen if seen else 0.0)
+        norms = [self.roster.slab.norm(resident) for resident in residents]
+        figures.utilisation.set(sum(norms) / len(norms) / self.roster.spec.max_norm if norms else 0.0)
+
+    async def _store_idle(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, max(0.05, self.options.idle_flush_s / 4)))
+            try:
+                await self.roster.flush(self.options.idle_flush_s)
+            except TitanmemError as error:
+                logger.warning("idle memories stay in the journal for now: %s", error)
+
+    async def close(self) -> None:
+        """End all replies, store every memory, let go of everything. Stored or not, the journal has it."""
+        self._idle.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._idle
+        await asyncio.to_thread(self.engine.close)
+        await asyncio.gather(*self._turns, return_exceptions=True)
+        try:
+            await self.flush()
+        except StoreError as error:
+            logger.warning("closing with memories that only the journal has: %s", error)
+        await self.roster.close()
+        await asyncio.to_thread(self.roster.journal.close)
+
+
+def _outcome(call: IngestCall, fold: Fold, resident: Resident) -> dict[str, Any]:
+    return {
+        "tokens": len(call.tokens),
+        "chunks": fold.chunks,
+        "tokens_written": fold.tokens_written,
+        "memory_version": resident.memory_version,
+    }
+
+
+def _rate(resident: Resident) -> float:
+    return resident.tokens_written / resident.tokens_seen if resident.tokens_seen else 0.0
+
+
+def _version(info: VersionInfo) -> dict[str, Any]:
+    return {
+        "version": info.version, "epoch": info.epoch, "bytes": info.bytes,
+        "created_at": info.created_at.isoformat(), "pinned": info.pinned,
+    }  # fmt: skip
+
+
+async def collect(events: AsyncIterator[TokenEvent | DoneEvent]) -> DoneEvent:
+    """The end of a reply, for callers who do not stream."""
+    async with aclosing(events) as stream:  # type: ignore[type-var]
+        async for event in stream:
+            if isinstance(event, DoneEvent):
+                return event
+    raise RuntimeError("a reply ended without its last event")
+
+
+async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
+    """Load the model, open store and journal, start the engine. Raises what keeps it from serving, naming it."""
+    folder = Path(options.model)
+    config = await asyncio.to_thread(DecoderConfig.load, folder)
+    overrides = {**options.spec_overrides, "mode": options.mode, "rule": options.rule}
+    spec = config.memory.overridden(overrides)
+    torch.set_num_threads(max(1, (os.cpu_count() or 2)))
+    decoder = await asyncio.to_thread(load_decoder, folder)
+    store = await asyncio.to_thread(open_store, options.store_url)
+    figures = Figures(options.shard)
+    slab = Slab(spec, options.slots)
+    layout = Layout.of(spec, await asyncio.to_thread(base_hash, folder))
+    vault = Vault(store, layout, options.epoch, on_damage=figures.rollbacks.add)
+    options.journal.parent.mkdir(parents=True, exist_ok=True)
+    journal = await asyncio.to_thread(Journal, options.journal)
+    roster = Roster(
+        slab=slab, vault=vault, journal=journal, encoder=Encoder(decoder, spec), figures=figures,
+        persist_tokens=options.persist_tokens,
+    )  # fmt: skip
+    engine = Engine(decoder, slab)
+    engine.start()
+    return MemoryKeeper(
+        options, engine=engine, roster=roster, tokenizer=ChatTokenizer(folder), figures=figures
+    )

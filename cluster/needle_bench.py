@@ -1,0 +1,159 @@
+"""`titanmem bench needle`: hide facts in a long text, let a memory read it, ask in new conversations.
+
+The whole is done by a `MemoryKeeper`, the same code that serves, with journal and store in a temporary folder; only
+HTTP and Ray are not there. Nothing is teacher-forced: the model writes its reply freely.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from actors.keeper import MemoryKeeper, open_keeper
+from actors.messages import ChatCall, DoneEvent, IngestCall, RenderedMessage
+from actors.options import KeeperOptions
+from cluster.config import Config
+from storage.names import UserKey
+from storage.segment import SEGMENT_TOKENS_MAX
+from titanmem.corpus import read_text
+from titanmem.needles import Needle, hide, read_needles
+from titanmem.tokenizer import ChatTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDLES = ROOT / "benchmarks" / "needles" / "heldout.jsonl"
+HAYSTACK = ROOT / "examples" / "decline-and-fall.txt.xz"
+HAYSTACK_CHARS_MAX = 12_000_000
+REPLY_TOKENS_MAX = 40
+
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeedleOptions:
+    """One benchmark: `runs` times for each length, with other needles each time."""
+
+    lengths: tuple[int, ...]
+    needles: Path | None = None
+    haystack: Path | None = None
+    mode: str = "mac"
+    rule: str = "sparse"
+    depths: int = 10
+    queries: int = 20
+    runs: int = 1
+    seed: int = 0
+    model: Path | None = None
+    memory: str = "read_only"
+    """How the questions see the memory: `read_only`, or `off` for the baseline that must not know."""
+
+
+def run_needle_bench(options: NeedleOptions, report: Report = lambda what, share: None) -> dict[str, Any]:
+    """The result of the contract: `{"mode", "rule", "chunk_size", "window", "lengths": [...]}`."""
+    return asyncio.run(_run(options, report))
+
+
+async def _run(options: NeedleOptions, report: Report) -> dict[str, Any]:
+    needles = read_needles(options.needles or NEEDLES)
+    folder = options.model or Config().model_folder
+    tokenizer = ChatTokenizer(folder)
+    text = read_text(options.haystack or HAYSTACK)[:HAYSTACK_CHARS_MAX]
+    haystack = tokenizer.encode(text)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="titanmem-bench-") as scratch:
+        keeper = await open_keeper(
+            KeeperOptions(
+                model=str(folder), store_url=f"file://{scratch}/store", journal_dir=f"{scratch}/journal",
+                shard="shard-0", epoch=1, slots=2, mode=options.mode, rule=options.rule, persist_tokens=65536,
+            )  # fmt: skip
+        )
+        try:
+            for index, length in enumerate(options.lengths):
+                measured = []
+                for run in range(options.runs):
+                    rng = random.Random(f"{options.seed}/{length}/{run}")
+                    chosen = [needles[i] for i in rng.sample(range(len(needles)), min(options.queries, len(needles)))]
+                    one = _Run(keeper, tokenizer, UserKey("bench", f"n{length}r{run}"), chosen, options)
+                    done = (index * options.runs + run) / (len(options.lengths) * options.runs)
+                    share = 1 / (len(options.lengths) * options.runs)
+                    measured.append(await one.measure(haystack, length, rng, report, done, share))
+                rows.append(_summed(length, measured, keeper))
+            spec = keeper.roster.spec
+        finally:
+            await keeper.close()
+    return {
+        "mode": options.mode, "rule": options.rule, "memory": options.memory, "chunk_size": spec.chunk_size,
+        "window": spec.window, "seed": options.seed, "runs": options.runs, "lengths": rows,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One haystack for one user."""
+
+    keeper: MemoryKeeper
+    tokenizer: ChatTokenizer
+    key: UserKey
+    needles: list[Needle]
+    options: NeedleOptions
+
+    async def measure(
+        self, haystack: np.ndarray, length: int, rng: random.Random, report: Report, done: float, share: float
+    ) -> dict[str, Any]:
+        facts = [self.tokenizer.encode(f"\n{needle.fact}\n") for needle in self.needles]
+        tokens = hide(haystack, facts, length, self.options.depths, rng)
+        started, written = time.perf_counter(), 0
+        for place in range(0, len(tokens), SEGMENT_TOKENS_MAX):
+            piece = tokens[place : place + SEGMENT_TOKENS_MAX]
+            call = IngestCall(key=self.key, update_id=f"{place}", conversation="haystack", tokens=piece)
+            written += (await self.keeper.ingest(call)).tokens_written
+            report(f"{length:,} tokens: reading", done + share * 0.9 * (place + len(piece)) / length)
+        ingest_s = time.perf_counter() - started
+        await self.keeper.flush()
+        replies, first_s = [], []
+        for number, needle in enumerate(self.needles):
+            reply, seconds = await self.ask(needle.question, number)
+            replies.append(reply)
+            first_s.append(seconds)
+            report(f"{length:,} tokens: asking", done + share * (0.9 + 0.1 * number / len(self.needles)))
+        found = [needle.found_in(reply) for needle, reply in zip(self.needles, replies, strict=True)]
+        return {"found": found, "families": [n.family for n in self.needles], "ingest_s": ingest_s,
+                "first_s": first_s, "written": written, "replies": replies}  # fmt: skip
+
+    async def ask(self, question: str, number: int) -> tuple[str, float]:
+        """The reply to one question in a conversation of its own, and the seconds to its first token."""
+        parts, prompt = self.tokenizer.render([{"role": "user", "content": question}])
+        call = ChatCall(
+            key=self.key, request_id=f"q{number}", update_id=f"q{number}",
+            messages=tuple(RenderedMessage(role=p.role, tokens=p.tokens, prefix_hash=p.prefix_hash) for p in parts),
+            generation_prompt=prompt, max_tokens=REPLY_TOKENS_MAX, memory=self.options.memory,  # type: ignore[arg-type]
+        )  # fmt: skip
+        started, first_s = time.perf_counter(), 0.0
+        async for event in self.keeper.chat(call):
+            first_s = first_s or time.perf_counter() - started
+            if isinstance(event, DoneEvent):
+                return event.text, first_s
+        raise RuntimeError("a reply ended without its last event")
+
+
+def _summed(length: int, runs: list[dict[str, Any]], keeper: MemoryKeeper) -> dict[str, Any]:
+    found = [hit for run in runs for hit in run["found"]]
+    families = [family for run in runs for family in run["families"]]
+    by_family = {
+        family: [sum(hit for hit, f in zip(found, families, strict=True) if f == family), families.count(family)]
+        for family in sorted(set(families))
+    }
+    return {
+        "tokens": length, "queries": len(found), "recall": sum(found) / len(found),
+        "ttft_ms": 1000 * median(second for run in runs for second in run["first_s"]),
+        "state_bytes": keeper.roster.spec.parameters * 2,
+        "ingest_tokens_per_s": length * len(runs) / sum(run["ingest_s"] for run in runs),
+        "written_share": sum(run["written"] for run in runs) / (length * len(runs)), "by_family": by_family,
+    }  # fmt: skip
