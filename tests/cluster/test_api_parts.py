@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
+from starlette.requests import Request
 
+from actors.messages import ChatCall, RenderedMessage
 from cluster.api import build_api
-from cluster.bodies import Utf8Stream
+from cluster.bodies import Utf8Stream, read_body
 from cluster.config import Config
 from cluster.door import DoorSettings
+from cluster.errors import BodyTooLarge
 from cluster.guard import check_path
 from cluster.ingest import PIECE_TOKENS, DocumentCutter
-from cluster.reply import StopCutter
+from cluster.reply import Reply, StopCutter
 from storage.errors import InvalidName
+from storage.names import UserKey
 from tests.cluster.fake_backend import FakeBackend, tiny_tokenizer
 
 
@@ -81,6 +86,40 @@ def test_utf8_in_pieces(data, text, offset):
             given += stream.feed(b"", last=True)
         assert given == text
         assert (f"offset {offset} " in str(stream.wrong)) if offset is not None else stream.wrong is None
+
+
+async def test_closing_a_reply_between_two_pieces_ends_the_call_before_it_returns():
+    backend = FakeBackend()
+    backend.reply = "one two three"
+    door = build_api(backend, tiny_tokenizer(), DoorSettings(model="m")).state.door
+    message = RenderedMessage(role="user", tokens=tiny_tokenizer().encode("Hi"), prefix_hash=1)
+    call = ChatCall(
+        key=UserKey("local", "u1"),
+        request_id="r1",
+        update_id="w1",
+        messages=(message,),
+        generation_prompt=np.empty(0, np.int32),
+    )
+    pieces = Reply(door, call, 0.0).pieces()
+    assert "one".startswith(await anext(pieces))
+    assert backend.running == {"r1"}
+    await pieces.aclose()
+    assert (backend.running, backend.cancelled) == (set(), ["r1"])
+
+
+async def test_a_body_over_the_limit_is_not_kept():
+    async def receive():
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
+
+    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BodyTooLarge):
+            await read_body(request, 4 << 20, 1.0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 12 << 20, "ten times the limit came, and was thrown away"
 
 
 def scope(path, raw=None, root=""):
