@@ -45,7 +45,6 @@ def build_app() -> typer.Typer:
     """The whole tree of commands."""
     import typer
 
-    from cluster.commands import bench, chat, doctor, ingest, serve, shards, snapshot, train, users
     from cluster.commands.ending import OneLineGroup, root
 
     app = typer.Typer(
@@ -56,13 +55,4 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog="Example: titanmem chat --user alice")(root)
-    serve.register(app)
-    chat.register(app)
-    ingest.register(app)
-    app.add_typer(users.app, name="users")
-    app.add_typer(shards.app, name="shards")
-    app.add_typer(snapshot.app, name="snapshot")
-    app.add_typer(bench.app, name="bench")
-    train.register(app)
-    doctor.register(app)
     return app

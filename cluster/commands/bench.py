@@ -33,6 +33,13 @@ class Rule(StrEnum):
     titans = "titans"
 
 
+class Asked(StrEnum):
+    """How the questions see the memory."""
+
+    read_only = "read_only"
+    off = "off"
+
+
 @app.command(epilog="Example: titanmem bench needle --lengths 65536,262144 --queries 20 --json")
 def needle(
     lengths: Annotated[
@@ -51,6 +58,9 @@ def needle(
     queries: Annotated[int, typer.Option("--queries", min=1, max=100_000, help="Questions a run.")] = 20,
     runs: Annotated[int, typer.Option("--runs", min=1, max=1000, help="Runs, each with other needles.")] = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of needles and places.")] = 0,
+    memory: Annotated[
+        Asked, typer.Option("--memory", help="off is the baseline: what is answered without any memory.")
+    ] = Asked.read_only,
     model: Annotated[
         Path | None, typer.Option("--model", help="Model folder; default: the one that ships.")
     ] = None,
@@ -72,6 +82,7 @@ def needle(
         runs=runs,
         seed=seed,
         model=model,
+        memory=memory.value,
     )
     bar = progress_bar(
         TextColumn("{task.description}"),

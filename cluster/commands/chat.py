@@ -31,6 +31,7 @@ from cluster.commands.terminal import (
 if TYPE_CHECKING:
     from cluster.client import Client
 
+app = typer.Typer(add_completion=False)
 PROMPT = "you> "
 HELP = "/new starts a new conversation, /memory shows the memory's figures, /quit ends"
 
@@ -43,10 +44,7 @@ class Access(StrEnum):
     off = "off"
 
 
-def register(app: typer.Typer) -> None:
-    app.command(epilog="Example: titanmem chat --user alice --message 'What is my brother called?'")(chat)
-
-
+@app.command(epilog="Example: titanmem chat --user alice --message 'What is my brother called?'")
 def chat(
     user: UserOption,
     message: Annotated[

@@ -73,7 +73,9 @@ def packages(_: Config) -> Finding:
     try:
         required = importlib.metadata.requires("titanmem") or []
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name="packages", status="broken", found="titanmem", advice="run `make install`")
+        return Finding(
+            name="packages", status="broken", found="titanmem is not installed", advice="run `make install`"
+        )
     for name, wanted in (match.groups() for line in required if (match := PINNED.match(line))):
         try:
             found = importlib.metadata.version(name)

@@ -13,13 +13,11 @@ from rich.text import Text
 
 from cluster.commands.terminal import CommandFailed, JsonOption, emit, printable, waiting
 
+app = typer.Typer(add_completion=False)
 STYLES = {"ok": "green", "warning": "yellow", "broken": "bold red"}
 
 
-def register(app: typer.Typer) -> None:
-    app.command(epilog="Example: titanmem doctor --store s3://memories/titanmem")(doctor)
-
-
+@app.command(epilog="Example: titanmem doctor --store s3://memories/titanmem")
 def doctor(
     store: Annotated[str | None, typer.Option("--store", help="Store to check.")] = None,
     model: Annotated[Path | None, typer.Option("--model", help="Model folder to check.")] = None,

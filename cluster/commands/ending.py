@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
 import os
 import signal
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
 from cluster.commands.terminal import INTERRUPTED, CommandStopped, note, say
 from storage.errors import TitanmemError
 
+NOUNS = ("serve", "chat", "ingest", "users", "shards", "snapshot", "bench", "train", "doctor")
+"""What `titanmem --help` lists, in its order; each is a module of this package with an `app`."""
 FAILED = 1
 LINE_CHARS_MAX = 1000
 
@@ -34,8 +40,34 @@ def root(
     """A chat backend that remembers: one neural long-term memory a user."""
 
 
+class Nouns(Mapping[str, Any]):
+    """The commands below the root, each built when it is asked for: a start builds one of them."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in NOUNS:
+            raise KeyError(name)
+        return _built(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NOUNS)
+
+    def __len__(self) -> int:
+        return len(NOUNS)
+
+
+@functools.cache
+def _built(name: str) -> Any:
+    command = get_command(importlib.import_module(f"cluster.commands.{name}").app)
+    command.name = name
+    return command
+
+
 class OneLineGroup(TyperGroup):
     """The root of the commands: turns errors and Ctrl-C of any command below into one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = cast(Any, Nouns())
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -31,13 +31,11 @@ from cluster.commands.terminal import (
 if TYPE_CHECKING:
     from cluster.client import Client, IngestReply
 
+app = typer.Typer(add_completion=False)
 RETRY_FOR_S = 60.0
 
 
-def register(app: typer.Typer) -> None:
-    app.command(epilog="Example: titanmem ingest --user alice book.txt notes.txt.xz")(ingest)
-
-
+@app.command(epilog="Example: titanmem ingest --user alice book.txt notes.txt.xz")
 def ingest(
     user: UserOption,
     files: Annotated[

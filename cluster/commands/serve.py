@@ -10,6 +10,8 @@ import typer
 
 from cluster.commands.terminal import note
 
+app = typer.Typer(add_completion=False)
+
 
 class Mode(StrEnum):
     """How memory meets attention."""
@@ -19,10 +21,7 @@ class Mode(StrEnum):
     mal = "mal"
 
 
-def register(app: typer.Typer) -> None:
-    app.command(epilog="Example: titanmem serve --port 8000 --shards 2 --store file:///srv/titanmem")(serve)
-
-
+@app.command(epilog="Example: titanmem serve --port 8000 --shards 2 --store file:///srv/titanmem")
 def serve(
     model: Annotated[
         Path | None, typer.Option("--model", help="Model folder; default: the small model that ships.")

@@ -19,7 +19,9 @@ from cluster.commands.terminal import (
     waiting,
 )
 
-app = typer.Typer(help="Shards of the cluster: list, scale, drain.", no_args_is_help=True)
+app = typer.Typer(
+    help="Shards of the cluster: list, scale, drain.", no_args_is_help=True, add_completion=False
+)
 
 
 @app.command("list", epilog="Example: titanmem shards list")

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 LOCAL_TENANT = "local"
 """The tenant of a server without keys."""
 
-app = typer.Typer(help="Cold backups: create, list, verify, restore, prune.", no_args_is_help=True)
+app = typer.Typer(
+    help="Cold backups: create, list, verify, restore, prune.", no_args_is_help=True, add_completion=False
+)
 
 TargetOption = Annotated[
     str | None,

@@ -19,17 +19,15 @@ from cluster.commands.terminal import (
     say,
 )
 
+app = typer.Typer(add_completion=False)
 MINUTES = 90.0
 STEADY = ("step", "spent_s", "tokens")
 """Figures of a report that say where the run stands, not how good the model is."""
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        epilog="Example: titanmem train --out checkpoints/small --data books/one.txt.xz --data books/two.txt"
-    )(train)
-
-
+@app.command(
+    epilog="Example: titanmem train --out checkpoints/small --data books/one.txt.xz --data books/two.txt"
+)
 def train(
     out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
     data: Annotated[list[Path], typer.Option("--data", help="Text file, plain or .xz; may be repeated.")],

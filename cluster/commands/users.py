@@ -27,7 +27,11 @@ from cluster.commands.terminal import (
     waiting,
 )
 
-app = typer.Typer(help="Memories of users: list, show, roll back, export, erase.", no_args_is_help=True)
+app = typer.Typer(
+    help="Memories of users: list, show, roll back, export, erase.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 
 @app.command("list", epilog="Example: titanmem users list")

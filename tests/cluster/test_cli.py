@@ -96,6 +96,17 @@ def wait_until_read(pipe: int) -> None:
     raise TimeoutError("nobody reads the pipe")
 
 
+def interrupt(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """SIGINT, again if nothing happens: one just before a read begins does not end that read (CPython)."""
+    for _ in range(10):
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.communicate(timeout=2)
+        except subprocess.TimeoutExpired:
+            continue
+    raise TimeoutError("Ctrl-C does not end it")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = run(*command.split(), "--help")
@@ -237,7 +248,7 @@ def test_every_error_is_one_line(error: Exception, line: str) -> None:
 def test_the_start_is_light() -> None:
     """No torch, no Ray, no httpx for --help: what it would cost is seconds of a user's life."""
     code = (
-        "import sys; from cluster.cli import build_app; build_app();"
+        "import sys; from cluster.cli import build_app; build_app()(['--help'], standalone_mode=False);"
         "print([m for m in ('torch', 'ray', 'numpy', 'httpx', 'fastapi', 'boto3') if m in sys.modules])"
     )
     root = Path(cli.__file__).parents[1]
@@ -247,7 +258,7 @@ def test_the_start_is_light() -> None:
         capture_output=True,
         text=True,
     )
-    assert done.stdout.strip() == "[]", done.stderr
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_ctrl_c_while_stdin_is_read_is_one_line() -> None:
@@ -264,8 +275,7 @@ def test_ctrl_c_while_stdin_is_read_is_one_line() -> None:
     process.stdin.write("a word")
     process.stdin.flush()
     wait_until_read(process.stdin.fileno())
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=20)
+    stdout, stderr = interrupt(process)
     assert (process.returncode, stdout, stderr) == (130, "", "stopped\n")
 
 
@@ -347,7 +357,6 @@ def test_a_foreign_kernels_package_is_named(tmp_path: Path, monkeypatch: pytest.
 def test_a_taken_port_is_broken_and_a_free_one_is_not() -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
-        holder.listen()
         taken = holder.getsockname()[1]
         assert finding(checks.port, port=taken).status == "broken"
     assert finding(checks.port, port=free_port()).status == "ok"
