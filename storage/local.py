@@ -28,6 +28,7 @@ LOCK_FILES = 64
 _LOCKS = ".locks"
 _WRITE, _COPY = ".write-", ".copy-"
 _COPY_STALE_S = 86_400.0
+_LOCK_PAUSE_MAX_S = 0.004  # flock with a time limit has to ask; who asks seldom is overtaken again and again
 _NO_OBJECT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -73,10 +74,10 @@ class LocalObjects:
 
     def put_file(self, name: str, path: Path) -> None:
         target = self._path(name)
-        with self._reporting("write", name):
+        with open(path, "rb") as source, self._reporting("write", name):
             temporary = self._temporary(target, _COPY)
             try:
-                with open(path, "rb") as source, open(temporary, "xb") as file:
+                with open(temporary, "xb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)
                     file.flush()
                     os.fsync(file.fileno())
@@ -205,7 +206,7 @@ class LocalObjects:
                             f"{self._lock_timeout_s} s. Find it with `fuser` and end it if it hangs."
                         ) from None
                     time.sleep(pause_s)
-                    pause_s = min(2 * pause_s, 0.02)
+                    pause_s = min(2 * pause_s, _LOCK_PAUSE_MAX_S)
             yield
         finally:
             os.close(handle)

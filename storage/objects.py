@@ -6,6 +6,7 @@ an object's content; `put(…, if_tag=…)` and `put(…, if_absent=True)` are t
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from storage.errors import InvalidName, StoreUnfit, VersionConflict, shorten
+from storage.errors import InvalidName, StoreError, StoreUnfit, VersionConflict, shorten
 
 OBJECT_NAME_CHARS_MAX = 600
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:+=-]{0,254}", re.ASCII)
@@ -123,8 +124,10 @@ def probe_conditions(objects: Objects) -> None:
             raise StoreUnfit(f"{objects.url}: this store does not list what was written last", rule="lists")
         objects.delete(name)
         must_conflict(b"5", "If-Match on a missing object", if_tag=second)
-    finally:
-        objects.delete(name)
+    except StoreUnfit:
+        with contextlib.suppress(StoreError):
+            objects.delete(name)
+        raise
 
 
 def open_objects(url: str) -> Objects:

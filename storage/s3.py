@@ -7,6 +7,7 @@ with ourselves. Here, an answer that was lost is settled by reading the object a
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 import time
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import boto3.session
+import botocore.loaders
+import botocore.session
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectionError,
     FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
@@ -29,6 +33,7 @@ from botocore.exceptions import (
 
 from storage.errors import StoreUnavailable, StoreUnfit, VersionConflict
 from storage.objects import ObjectInfo, check_object_name, check_prefix, probe_conditions
+from storage.ranges import RangeFile
 
 T = TypeVar("T")
 
@@ -42,7 +47,19 @@ PART_BYTES = 16 << 20
 READ_AHEAD_BYTES = 256 << 10
 
 _AGAIN_CODES = {"SlowDown", "RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "BadDigest"}
-_AGAIN_ERRORS = (HTTPClientError, IncompleteReadError, ResponseStreamingError, FlexibleChecksumError)
+_AGAIN_ERRORS = (
+    ConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    ResponseStreamingError,
+    FlexibleChecksumError,
+)
+
+
+@functools.cache
+def _loader() -> Any:
+    """botocore's descriptions of services, parsed once a process: they are most of a client's making."""
+    return botocore.loaders.create_loader()
 
 
 class _Lost(Exception):
@@ -88,14 +105,16 @@ class S3Objects:
             "max_pool_connections": 32,
             "s3": {"addressing_style": "path" if endpoint else "auto"},
         }
-        session = boto3.session.Session()
+        core = botocore.session.get_session()
+        core.register_component("data_loader", _loader())
+        self._session = boto3.session.Session(botocore_session=core)
+        self._where = {
+            "endpoint_url": endpoint,
+            "region_name": region or self._session.region_name or "us-east-1",
+        }
+        self._config = Config(**common)
         try:
-            region = region or session.region_name or "us-east-1"
-            where = {"endpoint_url": endpoint, "region_name": region}
-            once = Config(**common, retries={"total_max_attempts": 1})
-            often = Config(**common, retries={"total_max_attempts": attempts_max, "mode": "standard"})
-            self._client: Any = session.client("s3", config=once, **where)
-            self._bulk: Any = session.client("s3", config=often, **where)
+            self._client: Any = self._make_client({"total_max_attempts": 1})
         except (BotoCoreError, ValueError) as error:
             raise ValueError(f"store: {self.url}: {error}") from error
 
@@ -164,8 +183,10 @@ class S3Objects:
         )
         checksums = {"ChecksumAlgorithm": "CRC32"}
 
+        bulk = self._make_client({"total_max_attempts": self._attempts_max, "mode": "standard"})
+
         def upload() -> int:
-            self._bulk.upload_file(str(path), self.bucket, key, ExtraArgs=checksums, Config=config)
+            bulk.upload_file(str(path), self.bucket, key, ExtraArgs=checksums, Config=config)
             return self._client.head_object(Bucket=self.bucket, Key=key)["ContentLength"]
 
         try:
@@ -184,7 +205,7 @@ class S3Objects:
             head = self._often("read", name, lambda: self._client.head_object(Bucket=self.bucket, Key=key))
         except _Missing:
             raise FileNotFoundError(f"{self.url}: no object {name}") from None
-        raw = _RangeFile(
+        raw = RangeFile(
             head["ContentLength"], lambda start, n: self._read_range(name, start, n, head["ETag"])
         )
         return cast(BinaryIO, io.BufferedReader(raw, READ_AHEAD_BYTES))
@@ -213,6 +234,10 @@ class S3Objects:
 
     def probe(self) -> None:
         probe_conditions(self)
+
+    def _make_client(self, retries: dict[str, Any]) -> Any:
+        config = self._config.merge(Config(retries=retries))  # type: ignore[arg-type]
+        return self._session.client("s3", config=config, **self._where)
 
     def _key(self, name: str) -> str:
         return self.prefix + check_object_name(name)
@@ -290,34 +315,3 @@ class S3Objects:
                 if self._clock() > deadline:
                     return
             yield attempt
-
-
-class _RangeFile(io.RawIOBase):
-    """A read-only file of known size over range requests."""
-
-    def __init__(self, size: int, read_range: Callable[[int, int], bytes]) -> None:
-        super().__init__()
-        self._size, self._read_range, self._position = size, read_range, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any, /) -> int:
-        length = min(len(buffer), self._size - self._position)
-        if length <= 0:
-            return 0
-        data = self._read_range(self._position, length)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
