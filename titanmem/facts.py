@@ -1,6 +1,7 @@
 """Synthetic facts that users tell and ask for: what the memory is trained and measured on.
 
-A fact is a statement with a value in it, questions for that value, and the answer's words up to the value. Words for
+A fact is a statement with a value in it, questions for that value, and the answer's words up to the value. Answers
+do not repeat names that come from the question: a model this small does not copy unknown names. Words for
 keys and values are split once into a training and a held-out part by hash, and so are combinations of keys; an
 evaluation never meets a value, a name or a combination that training used.
 """
@@ -217,7 +218,7 @@ class FactMaker:
         statement = self.random.choice((f"{name}'s {thing} is {{v}}.", f"The {thing} of {name} is {{v}}."))
         questions = (f"What is {name}'s {thing}?", f"What is the {thing} of {name}?")
         value = self.value("d4" if thing == "number" else self.random.choice(("name", "word")))
-        return self._fact("person", f"{name} {thing}", statement, questions, f"{name}'s {thing} is", value)
+        return self._fact("person", f"{name} {thing}", statement, questions, f"The {thing} is", value)
 
     def _number(self) -> Fact:
         key = self.random.choice(self.words.words)
@@ -229,7 +230,7 @@ class FactMaker:
                      f"What is the special magic {kind} for {key} mentioned in the provided text?")  # fmt: skip
         value = self.value("word" if kind == "word" else self.random.choice(("d4", "d5", "d7")))
         return self._fact(
-            "number", f"{kind} {key}", statement, questions, f"The special magic {kind} for {key} is", value
+            "number", f"{kind} {key}", statement, questions, f"The special magic {kind} is", value
         )
 
     def _word(self) -> Fact:
@@ -238,7 +239,7 @@ class FactMaker:
         statement = f"The {what} for {key} is {{v}}."
         value = self.value(self.random.choice(("word", "name", "d4")))
         return self._fact("word", f"{what} {key}", statement, (f"What is the {what} for {key}?",),
-                          f"The {what} for {key} is", value)  # fmt: skip
+                          f"The {what} is", value)  # fmt: skip
 
     def _passkey(self) -> Fact:
         statement = "The pass key is {v}. Remember it. {v} is the pass key."

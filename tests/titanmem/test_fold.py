@@ -1,0 +1,121 @@
+"""Folding is a pure function of memory and segment, changes only what it selects, and stays in its bounds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny_model import tiny_decoder
+from titanmem.fold import Encoder, Written, fold, forget_share
+from titanmem.spec import MemorySpec
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    decoder = tiny_decoder()
+    return Encoder(decoder, decoder.config.memory.overridden({"surprise_threshold": 0.05}))
+
+
+def ids(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(4, 300, count).astype(np.int32)
+
+
+NOTHING = np.zeros(0, np.int32)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 100])
+def test_the_same_segment_gives_the_same_bits(encoder, tokens):
+    spec, results = encoder.spec, []
+    for _ in range(2):
+        slab = torch.zeros(2, *spec.written_shape, dtype=torch.float16)
+        momentum = 0.0
+        for seed in range(3):
+            done = fold(slab, 1, encoder.encode(ids(9, 7), ids(tokens, seed)), momentum, spec)
+            momentum = done.momentum
+        results.append((slab, momentum))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1] == float(np.float16(momentum))
+    assert not bool(results[0][0][0].any()), "another slot is not touched"
+    assert bool(results[0][0][1].any()) or tokens < 15
+
+
+def test_an_update_changes_only_what_it_selects(encoder):
+    spec = encoder.spec
+    slab = torch.randn(1, *spec.written_shape).half()
+    before = slab.clone()
+    written = encoder.encode(NOTHING, ids(1))
+    done = fold(slab, 0, written, 0.0, spec)
+    changed = (slab != before).any(-1)[0].nonzero()[:, 0]
+    assert done.updates == 1
+    assert set(changed.tolist()) <= set(written.columns_NK.flatten().tolist())
+    assert len(changed) * spec.value_dim <= spec.top_k_ratio * spec.parameters
+
+
+def test_no_update_is_larger_than_the_ratio(encoder):
+    spec = encoder.spec
+    sizes: list[int] = []
+    slab = torch.zeros(1, *spec.written_shape, dtype=torch.float16)
+    last = [slab.clone()]
+
+    class Watch:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            sizes.append(int((slab != last[0]).sum()))
+            last[0] = slab.clone()
+
+    done = fold(slab, 0, encoder.encode(NOTHING, ids(200)), 0.0, spec, Watch)
+    assert len(sizes) == done.updates > 13
+    assert max(sizes) <= spec.top_k_ratio * spec.parameters
+
+
+def test_what_is_known_is_not_surprising(encoder):
+    spec = encoder.spec.overridden({"forget_bias": 32.0})
+    slab = torch.zeros(1, *spec.written_shape, dtype=torch.float16)
+    written = encoder.encode(NOTHING, ids(1))
+    assert len(written.position_N) == 1
+    written = Written(**{name: getattr(written, name) for name in Written.__slots__ if name != "weight_N"},
+                      weight_N=torch.ones(len(written.weight_N)))  # fmt: skip
+    first = fold(slab, 0, written, 0.0, spec)
+    again = fold(slab, 0, written, first.momentum, spec)
+    assert first.surprise > 0.5
+    assert again.surprise < 0.05
+    assert again.tokens_written == again.updates == 0
+
+
+def test_context_matters_and_is_cut_to_the_window(encoder):
+    long, tokens = ids(100, 1), ids(8, 2)
+    near = encoder.encode(long[-16:], tokens)
+    far = encoder.encode(long, tokens)
+    alone = encoder.encode(NOTHING, tokens)
+    assert torch.equal(near.weight_N, far.weight_N)
+    assert torch.equal(near.columns_NK, far.columns_NK)
+    assert not torch.equal(near.weight_N[:1], alone.weight_N[:1])
+
+
+def test_an_id_outside_the_vocabulary_is_refused(encoder):
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        encoder.encode(NOTHING, np.array([400], np.int32))
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        encoder.encode(np.array([-1], np.int32), ids(1))
+
+
+def test_forgetting_grows_with_surprise():
+    spec = MemorySpec()
+    shares = [forget_share(surprise, spec) for surprise in (0.0, 0.5, 1.0)]
+    assert shares == sorted(shares)
+    assert shares[0] == pytest.approx(1 / (1 + np.exp(4.0)))
+    note = spec.overridden({"forget_bias": 0.2})
+    assert forget_share(0.0, note) == pytest.approx(0.45, abs=0.001), "the note's value forgets 45 %"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("surprise_threshold", 0.6, "from 0.05 to 0.5"), ("chunk_size", 512, "at most window"), ("mode", "mag", "mac"),
+     ("code_active", 256, "top_k_ratio"), ("momentum", "0.9", "must be a number"), ("speed", 3, "unknown")],
+)  # fmt: skip
+def test_a_wrong_knob_is_named(name, value, said):
+    with pytest.raises(ValueError, match=f"memory.{'top_k_ratio' if name == 'code_active' else name}") as error:
+        MemorySpec().overridden({name: value})
+    assert said in str(error.value)
