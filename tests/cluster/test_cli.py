@@ -397,3 +397,22 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(checks, "CHECKS", (own_check,))
     (only,) = checks.all_findings(Config())
     assert (only.name, only.status, only.found) == ("own check", "broken", "RuntimeError: no such driver")
+
+
+def test_packages_are_held_against_the_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": "2.13.0+cpu", "ray": "2.60.0", "rich": "15.0.0"}
+    pins = ["torch==2.13.0", "ray[serve]==2.60.0", 'pytest==1.0; extra == "dev"', "rich==15.0.0"]
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise checks.importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(checks.importlib.metadata, "requires", lambda _: pins)
+    monkeypatch.setattr(checks.importlib.metadata, "version", version)
+    assert finding(checks.packages).status == "ok"
+    versions["rich"] = "14.0.0"
+    assert finding(checks.packages).status == "warning"
+    assert "rich 14.0.0 (pinned 15.0.0)" in finding(checks.packages).found
+    del versions["rich"]
+    assert (finding(checks.packages).status, finding(checks.packages).found) == ("broken", "missing: rich")
