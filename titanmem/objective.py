@@ -62,6 +62,11 @@ def chosen(mask_BT: Tensor, most: int, generator: torch.Generator) -> Tensor:
     return index
 
 
+def mean(x_N: Tensor) -> Tensor:
+    """The mean, and 0 for nothing: a short batch may ask for no fact at all."""
+    return x_N.sum() / max(1, len(x_N))
+
+
 def memory_of(decoder: Decoder, white_NF: Tensor, values_ND: Tensor, weight_N: Tensor, group_N: Tensor):
     """Codes of the written tokens [N, H] and their weighted errors w e [N, D], each group a memory of its own."""
     code_NH = dense(*decoder.memory.code_of(white_NF), decoder.config.memory.code_width)
@@ -129,9 +134,9 @@ def step_loss(
     gate_loss = F.binary_cross_entropy_with_logits(gate[known], labelled[known].float(), weight=gate_weight)
 
     losses = {
-        "language": entropy[~remembered].mean(),
-        "recall": entropy[remembered].mean(),
-        "memory": F.cross_entropy(pointed, target[reading][asked]),
+        "language": mean(entropy[~remembered]),
+        "recall": mean(entropy[remembered]),
+        "memory": mean(F.cross_entropy(pointed, target[reading][asked], reduction="none")),
         "contrast": contrast,
         "align": align,
         "gate": gate_loss,
@@ -141,11 +146,11 @@ def step_loss(
         figures = {name: float(loss) for name, loss in losses.items()}
         right = logits.argmax(-1) == target[places]
         spoken = replies.flatten()[places] & ~remembered
-        figures["recall_accuracy"] = float(right[remembered].float().mean())
-        figures["reply_accuracy"] = float(right[spoken].float().mean())
-        figures["memory_accuracy"] = float((pointed.argmax(-1) == target[reading][asked]).float().mean())
+        figures["recall_accuracy"] = float(mean(right[remembered].float()))
+        figures["reply_accuracy"] = float(mean(right[spoken].float()))
+        figures["memory_accuracy"] = float(mean((pointed.argmax(-1) == target[reading][asked]).float()))
         figures["aligned"] = aligned
-        figures["written_found"] = float((gate[labelled] > -1.7).float().mean())
+        figures["written_found"] = float(mean((gate[labelled] > -1.7).float()))
         figures["written_wrongly"] = float((gate[(gate_label == 0)] > -1.7).float().mean())
         features_NF = memory.features(key[chosen(labelled, 512, generator)])
     return Result(loss=total, figures=figures, written_features_NF=features_NF)

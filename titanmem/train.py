@@ -69,10 +69,10 @@ class Material:
     words: Words
 
 
-def prepare(config: TrainConfig, vocab_size: int) -> Material:
+def prepare(config: TrainConfig, vocab_size: int, words: Words | None = None) -> Material:
     """Read the texts, make the tokenizer (kept in `out`, so that a resumed run has the same) and the word lists."""
     texts = [read_text(path) for path in config.data]
-    words = words_of(texts)
+    words = words or words_of(texts)
     path = config.out / "tokenizer.json"
     if config.resume and path.is_file():
         tokenizer = Tokenizer.from_file(str(path))
@@ -147,11 +147,13 @@ def learning_rate(progress: float, step: int, warmup_steps: int) -> float:
 class Trainer:
     """One run: holds what a checkpoint holds."""
 
-    def __init__(self, config: TrainConfig, decoder_config: DecoderConfig) -> None:
+    def __init__(
+        self, config: TrainConfig, decoder_config: DecoderConfig, words: Words | None = None
+    ) -> None:
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.config = config
-        self.material = prepare(config, decoder_config.vocab_size)
+        self.material = prepare(config, decoder_config.vocab_size, words)
         self.decoder = initialised(decoder_config)
         self.optimizers = optimizers(self.decoder, config)
         self.whitening = Whitening(decoder_config.memory.d_nltm)
