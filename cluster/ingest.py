@@ -23,12 +23,13 @@ from cluster.bodies import Utf8Stream, body_chunks
 from cluster.door import Door, door_of
 from cluster.errors import BadRequest
 from cluster.openai import CONVERSATION_CHARS_MAX
+from storage.segment import SEGMENT_TOKENS_MAX
 from titanmem.tokenizer import BLOCK_CHARS, ChatTokenizer, block_end
 from titanmem.tracing import continued, inject
 
 router = APIRouter()
-PIECE_TOKENS = 4096
-"""Tokens of a piece: what a shard takes as one segment (SEGMENT_TOKENS_MAX)."""
+PIECE_TOKENS = SEGMENT_TOKENS_MAX
+"""Tokens of a piece: what a shard takes as one segment."""
 NO_TEXT_KINDS = ("multipart/", "image/", "audio/", "video/", "application/pdf", "application/zip")
 UTF8_NAMES = frozenset({"utf-8", "utf8", "us-ascii"})
 
