@@ -126,7 +126,8 @@ class Slab:
 
     def place(self, key: UserKey) -> Resident:
         """A zeroed slot for a user who has none; the caller has made sure of room."""
-        assert self._free and key not in self._residents, "make room before placing, and place once"
+        assert self._free, "make room before placing"
+        assert key not in self._residents, "a user is placed once"
         slot = self._free.pop()
         self.written_SHD[slot].zero_()
         resident = Resident(key=key, slot=slot)

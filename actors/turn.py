@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -94,7 +95,7 @@ class Turn:
         cuts = [*range(0, head, SEGMENT_TOKENS_MAX), head, len(new)] if head else [0, len(new)]
         last: list[Segment] = []
         with continued(self.call.trace, "journal"):
-            for number, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+            for number, (start, end) in enumerate(pairwise(cuts)):
                 final = end == len(new)
                 segment = self.roster.segment(
                     resident, update_id=f"{self.call.update_id}:in:{number}", conversation=self.call.conversation,

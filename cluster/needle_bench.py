@@ -70,16 +70,26 @@ async def _run(options: NeedleOptions, report: Report) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="titanmem-bench-") as scratch:
         keeper = await open_keeper(
             KeeperOptions(
-                model=str(folder), store_url=f"file://{scratch}/store", journal_dir=f"{scratch}/journal",
-                shard="shard-0", epoch=1, slots=2, mode=options.mode, rule=options.rule, persist_tokens=65536,
-            )  # fmt: skip
+                model=str(folder),
+                store_url=f"file://{scratch}/store",
+                journal_dir=f"{scratch}/journal",
+                shard="shard-0",
+                epoch=1,
+                slots=2,
+                mode=options.mode,
+                rule=options.rule,
+                persist_tokens=65536,
+            )
         )
         try:
             for index, length in enumerate(options.lengths):
                 measured = []
                 for run in range(options.runs):
                     rng = random.Random(f"{options.seed}/{length}/{run}")
-                    chosen = [needles[i] for i in rng.sample(range(len(needles)), min(options.queries, len(needles)))]
+                    chosen = [
+                        needles[i]
+                        for i in rng.sample(range(len(needles)), min(options.queries, len(needles)))
+                    ]
                     one = _Run(keeper, tokenizer, UserKey("bench", f"n{length}r{run}"), chosen, options)
                     done = (index * options.runs + run) / (len(options.lengths) * options.runs)
                     share = 1 / (len(options.lengths) * options.runs)
@@ -89,9 +99,15 @@ async def _run(options: NeedleOptions, report: Report) -> dict[str, Any]:
         finally:
             await keeper.close()
     return {
-        "mode": options.mode, "rule": options.rule, "memory": options.memory, "chunk_size": spec.chunk_size,
-        "window": spec.window, "seed": options.seed, "runs": options.runs, "lengths": rows,
-    }  # fmt: skip
+        "mode": options.mode,
+        "rule": options.rule,
+        "memory": options.memory,
+        "chunk_size": spec.chunk_size,
+        "window": spec.window,
+        "seed": options.seed,
+        "runs": options.runs,
+        "lengths": rows,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +140,29 @@ class _Run:
             first_s.append(seconds)
             report(f"{length:,} tokens: asking", done + share * (0.9 + 0.1 * number / len(self.needles)))
         found = [needle.found_in(reply) for needle, reply in zip(self.needles, replies, strict=True)]
-        return {"found": found, "families": [n.family for n in self.needles], "ingest_s": ingest_s,
-                "first_s": first_s, "written": written, "replies": replies}  # fmt: skip
+        return {
+            "found": found,
+            "families": [n.family for n in self.needles],
+            "ingest_s": ingest_s,
+            "first_s": first_s,
+            "written": written,
+            "replies": replies,
+        }
 
     async def ask(self, question: str, number: int) -> tuple[str, float]:
         """The reply to one question in a conversation of its own, and the seconds to its first token."""
         parts, prompt = self.tokenizer.render([{"role": "user", "content": question}])
         call = ChatCall(
-            key=self.key, request_id=f"q{number}", update_id=f"q{number}",
-            messages=tuple(RenderedMessage(role=p.role, tokens=p.tokens, prefix_hash=p.prefix_hash) for p in parts),
-            generation_prompt=prompt, max_tokens=REPLY_TOKENS_MAX, memory=self.options.memory,  # type: ignore[arg-type]
-        )  # fmt: skip
+            key=self.key,
+            request_id=f"q{number}",
+            update_id=f"q{number}",
+            messages=tuple(
+                RenderedMessage(role=p.role, tokens=p.tokens, prefix_hash=p.prefix_hash) for p in parts
+            ),
+            generation_prompt=prompt,
+            max_tokens=REPLY_TOKENS_MAX,
+            memory=self.options.memory,  # type: ignore[arg-type]
+        )
         started, first_s = time.perf_counter(), 0.0
         async for event in self.keeper.chat(call):
             first_s = first_s or time.perf_counter() - started
@@ -147,13 +175,19 @@ def _summed(length: int, runs: list[dict[str, Any]], keeper: MemoryKeeper) -> di
     found = [hit for run in runs for hit in run["found"]]
     families = [family for run in runs for family in run["families"]]
     by_family = {
-        family: [sum(hit for hit, f in zip(found, families, strict=True) if f == family), families.count(family)]
+        family: [
+            sum(hit for hit, f in zip(found, families, strict=True) if f == family),
+            families.count(family),
+        ]
         for family in sorted(set(families))
     }
     return {
-        "tokens": length, "queries": len(found), "recall": sum(found) / len(found),
+        "tokens": length,
+        "queries": len(found),
+        "recall": sum(found) / len(found),
         "ttft_ms": 1000 * median(second for run in runs for second in run["first_s"]),
         "state_bytes": keeper.roster.spec.parameters * 2,
         "ingest_tokens_per_s": length * len(runs) / sum(run["ingest_s"] for run in runs),
-        "written_share": sum(run["written"] for run in runs) / (length * len(runs)), "by_family": by_family,
-    }  # fmt: skip
+        "written_share": sum(run["written"] for run in runs) / (length * len(runs)),
+        "by_family": by_family,
+    }

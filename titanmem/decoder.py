@@ -128,7 +128,7 @@ class Layer(nn.Module):
     def _later_blocks(self, query: Tensor, sources: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Blocks 1.. of `blocks`: blocks become rows, so that one call serves them all."""
         attention, window = self.self_attn, self.window
-        rows, heads, tokens, head = query.shape
+        rows, _, tokens, head = query.shape
         count = tokens // window - 1
 
         def cut(x: Tensor, start: int) -> Tensor:

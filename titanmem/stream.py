@@ -108,7 +108,7 @@ class BatchMaker:
                 ("part", np.int8),
                 ("identity", np.int32),
                 ("recall", bool),
-            )  # fmt: skip
+            )
         }
         return Batch(**arrays, group=order.astype(np.int32))
 

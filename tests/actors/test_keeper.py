@@ -169,8 +169,7 @@ async def test_a_cancelled_reply_stops_and_is_still_written(options, model):
             break
         await events.aclose()
         async with asyncio.timeout(10):
-            while keeper.engine.running or keeper._turns:
-                await asyncio.sleep(0.01)
+            await asyncio.gather(*keeper._turns)
         made = keeper.engine.generated_tokens
         assert 0 < made < 4000
         await asyncio.sleep(0.05)
