@@ -19,6 +19,7 @@ from titanmem.spec import CHOICES, RANGES, MemorySpec
 ENV_PREFIX = "TITANMEM_"
 SPEC_PREFIX = "spec_"
 DEFAULT_KEEPER = "actors.keeper:open_keeper"
+DEFAULT_MODEL_NAME = "titanmem-small"
 STORE_SCHEMES = ("file", "s3")
 SHARDS_MAX = 1024
 SLOTS_MAX = 65536
@@ -118,6 +119,11 @@ class Config:
         if self.model is not None:
             return Path(self.model).expanduser().absolute()
         return Path(__file__).resolve().parent.parent / "titanmem" / "default_model"
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model: its folder's name."""
+        return DEFAULT_MODEL_NAME if self.model is None else self.model_folder.name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values, secrets included; `from_mapping` reads it back."""

@@ -186,13 +186,14 @@ class Coordinator:
         """Records the claimed epoch in the map, and says what the shard is started with."""
         async with self._map_lock:
             self._map = await asyncio.to_thread(record_epoch, store, index, epoch)
-        config = self._config
+        config, buckets = self._config, self._map.buckets_of(index)
         keeper = KeeperOptions(
             model=str(config.model_folder),
             store_url=config.store,
             journal_dir=config.journal_dir,
             shard=shard_name(index),
             epoch=epoch,
+            buckets=buckets,
             slots=config.slots,
             mode=config.mode,
             rule=config.rule,
@@ -205,7 +206,7 @@ class Coordinator:
         )
         return ShardOptions(
             keeper=keeper,
-            buckets=self._map.buckets_of(index),
+            buckets=buckets,
             map_version=self._map.version,
             open_keeper=config.keeper,
             set_up="cluster.telemetry:configure",

@@ -202,11 +202,19 @@ class Router:
         return True, ""
 
     async def shard_metrics(self) -> list[bytes]:
-        answers = await self._ask_all("metrics", METRICS_TIMEOUT_S)
-        texts = [answer for answer in answers.values() if isinstance(answer, bytes)]
+        answers, age = await asyncio.gather(self._ask_all("metrics", METRICS_TIMEOUT_S), self._snapshot_age())
+        texts = [answer for answer in (*answers.values(), age) if isinstance(answer, bytes)]
         if self._map is not None:
             texts.append(_map_metrics(self._map))
         return texts
+
+    async def _snapshot_age(self) -> bytes | None:
+        try:
+            snapshotter = await self._present(SNAPSHOTTER)
+            return await ask(snapshotter.metrics.remote(), METRICS_TIMEOUT_S)
+        except Exception as error:
+            log.info("no age of the newest snapshot: %s", error)
+            return None
 
     # -- inside -------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """A keeper without a model, for tests of what lies around it: remembers updates, in a file that survives it.
 
-`spec_overrides` says how it behaves: `token_s` seconds between two tokens of a reply.
+A request's `temperature` is the time in seconds that each token of its reply takes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ from actors.errors import QueueFull
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from actors.options import KeeperOptions
 from storage.errors import NoSuchMemory
+from storage.memory import Memory
 from storage.names import UserKey
+from storage.objects import open_objects
+from storage.snapshot import write_part
+from storage.titanmem import encode
 
 SUFFIX = ".fake"
+BASE = "0" * 32
 
 
 class FakeKeeper:
@@ -28,11 +34,9 @@ class FakeKeeper:
 
     def __init__(self, options: KeeperOptions) -> None:
         self.options = options
-        self.token_s = float(str(options.spec_overrides.get("token_s", 0.0)))
         self.updates: dict[UserKey, dict[str, list[int]]] = {}
         self.cancelled: list[str] = []
         self.running = 0
-        self.closed = False
         self._path = Path(options.journal_dir) / (options.shard + SUFFIX)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
@@ -50,7 +54,7 @@ class FakeKeeper:
         tokens = [int(token) for token in call.messages[-1].tokens]
         try:
             for token in tokens:
-                await asyncio.sleep(self.token_s)
+                await asyncio.sleep(call.temperature)
                 yield TokenEvent(tokens=(token,))
             self._write(call.key, call.update_id, tokens)
             ended = True
@@ -114,7 +118,32 @@ class FakeKeeper:
         return await asyncio.to_thread(self._part, snapshot_id, target_url, include_model)
 
     def _part(self, snapshot_id: str, target_url: str, include_model: bool) -> dict[str, Any]:
-        raise NotImplementedError
+        part = write_part(
+            open_objects(target_url),
+            snapshot_id,
+            shard=self.options.shard,
+            epoch=self.options.epoch,
+            model_dir=Path(self.options.model) if include_model else None,
+            memories=[encode(self._memory(key)) for key in self.updates],
+        )
+        return {**part.to_dict(), "base": BASE}
+
+    def _memory(self, key: UserKey) -> Memory:
+        return Memory(
+            key=key,
+            memory_version=len(self.updates[key]),
+            epoch=self.options.epoch,
+            last_chunk_id=len(self.updates[key]),
+            tokens_seen=sum(map(len, self.updates[key].values())),
+            base=BASE,
+            rule="sparse",
+            theta_shape=((2, 2),),
+            written_layers=(0,),
+            created_at=datetime.now(UTC),
+            nonzero_idx=np.array([1], np.int64),
+            theta_val=np.array([0.5], np.float16),
+            momentum=np.array([0.0], np.float16),
+        )
 
     async def stats(self) -> dict[str, Any]:
         return {
@@ -127,7 +156,7 @@ class FakeKeeper:
         return f"titan:resident_users {len(self.updates)}\n".encode()
 
     async def close(self) -> None:
-        self.closed = True
+        self._path.with_suffix(".closed").touch()
 
     def _of(self, key: UserKey) -> dict[str, list[int]]:
         if key not in self.updates:

@@ -32,7 +32,7 @@ class Place:
         self.store: MemoryStore = open_store(f"file://{folder}/store")
         self.left: list[int] = []
 
-    def shard(self, buckets: frozenset[int] = EVERY, **spec: Any) -> MemoryShard:
+    def shard(self, buckets: frozenset[int] = EVERY, queue_max: int = 8) -> MemoryShard:
         owner = claim(self.store, "shard-0", cluster="test", incarnation="i", take_over=True)
         keeper = KeeperOptions(
             model="unused",
@@ -40,8 +40,7 @@ class Place:
             journal_dir=str(self.folder / "journal"),
             shard="shard-0",
             epoch=owner.epoch,
-            queue_max=spec.pop("queue_max", 8),
-            spec_overrides=spec,
+            queue_max=queue_max,
         )
         options = ShardOptions(
             keeper=keeper, buckets=buckets, map_version=1, open_keeper="tests.actors.fake_keeper:open_keeper"
@@ -54,10 +53,15 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-def chat(name: str = "r", *ids: int) -> ChatCall:
-    message = RenderedMessage(role="user", tokens=tokens(*(ids or (1, 2, 3))), prefix_hash=1)
+def chat(name: str = "r", token_s: float = 0.0) -> ChatCall:
+    message = RenderedMessage(role="user", tokens=tokens(1, 2, 3), prefix_hash=1)
     return ChatCall(
-        key=ALICE, request_id=name, update_id=name, messages=(message,), generation_prompt=tokens(9)
+        key=ALICE,
+        request_id=name,
+        update_id=name,
+        messages=(message,),
+        generation_prompt=tokens(9),
+        temperature=token_s,
     )
 
 
@@ -143,11 +147,11 @@ async def test_a_shard_whose_epoch_is_over_does_not_open(place: Place) -> None:
 
 
 async def test_cancel_ends_the_reply_in_the_middle_of_a_wait(place: Place) -> None:
-    shard = place.shard(token_s=30.0)
+    shard = place.shard()
     epoch = (await shard.open())["epoch"]
 
     async def consume() -> None:
-        async for _ in shard.chat(chat("slow"), epoch):
+        async for _ in shard.chat(chat("slow", token_s=30.0), epoch):
             pass
 
     running = asyncio.create_task(consume())

@@ -1,0 +1,66 @@
+"""What can be known before a server starts: each error says what to do, within seconds and without Ray."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from cluster.config import Config
+from cluster.errors import ClusterError
+from storage.store import open_store
+from titanmem.decoder_config import DecoderConfig
+from titanmem.tokenizer import ChatTokenizer
+
+PORT_WAIT_S = 3.0
+"""A door that was killed a moment ago is still going; anybody else keeps the port."""
+
+
+class CannotServe(ClusterError):
+    """Something on this machine keeps the server from starting; the message says what to do."""
+
+
+def check(config: Config) -> None:
+    """What can be known before anything starts: port, model, store, journal. Raises `TitanmemError`."""
+    check_port(config.host, config.port)
+    ChatTokenizer(config.model_folder)
+    model = DecoderConfig.load(config.model_folder)
+    if not any(config.model_folder.glob("*.safetensors")):
+        raise CannotServe(f"{config.model_folder}: no weights (*.safetensors) in the model folder")
+    try:
+        model.memory.overridden({"mode": config.mode, "rule": config.rule, **config.spec})
+    except ValueError as error:
+        raise CannotServe(f"spec: {error}") from None
+    try:
+        open_store(config.store).objects.probe()
+        Path(config.journal_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotServe(f"{error.filename}: {error.strerror}") from None
+
+
+def check_port(host: str, port: int, wait_s: float = PORT_WAIT_S) -> None:
+    """Raises `CannotServe` when somebody else listens on `port`, or `host` is no address of this machine."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+                return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise CannotServe(
+                    f"port {port} of {host} cannot be used: {error.strerror or error}; "
+                    f"stop what listens there, or choose another with --port"
+                ) from None
+            time.sleep(0.1)
+
+
+def machine_gpus(env: Mapping[str, str]) -> int:
+    """NVIDIA GPUs that this process may use."""
+    folder = Path("/proc/driver/nvidia/gpus")
+    there = len(list(folder.iterdir())) if folder.is_dir() else 0
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    return there if visible is None else min(there, len([n for n in visible.split(",") if n.strip()]))
