@@ -2,8 +2,8 @@
 
 The memory of a batch is built in closed form: with codes A of what is written, the token-by-token delta rule is one
 triangular solve over A A^T (`kernels.reference.delta_errors`), and a read is A_q A^T (w e). No state is carried from
-batch to batch, so that features may change as fast as they like while nothing stored goes stale. What a read returns trains
-the decoder and the values; which key a query finds is trained by a contrastive loss.
+batch to batch, so that features may change as fast as they like while nothing stored goes stale. What a read returns
+trains the decoder and the values; which key a query finds is trained by a contrastive loss.
 
 Axes: B rows, T tokens, N written tokens, Q reading tokens, H code width, D value width, V vocabulary.
 """

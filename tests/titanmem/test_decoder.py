@@ -18,7 +18,9 @@ SAME = 2e-5
 """Float32 through four layers, summed in two orders."""
 
 
-def through_cache(decoder: Decoder, tokens: torch.Tensor, cuts: list[int], read: torch.Tensor) -> torch.Tensor:
+def through_cache(
+    decoder: Decoder, tokens: torch.Tensor, cuts: list[int], read: torch.Tensor
+) -> torch.Tensor:
     """Normalised outputs of one conversation, prefilled in pieces and then token by token."""
     cache, outs, start = Cache(decoder.config, 1), [], 0
     for cut in [*cuts, *range(cuts[-1] + 1, tokens.shape[1] + 1)]:

@@ -116,6 +116,8 @@ def test_forgetting_grows_with_surprise():
      ("code_active", 256, "top_k_ratio"), ("momentum", "0.9", "must be a number"), ("speed", 3, "unknown")],
 )  # fmt: skip
 def test_a_wrong_knob_is_named(name, value, said):
-    with pytest.raises(ValueError, match=f"memory.{'top_k_ratio' if name == 'code_active' else name}") as error:
+    with pytest.raises(
+        ValueError, match=f"memory.{'top_k_ratio' if name == 'code_active' else name}"
+    ) as error:
         MemorySpec().overridden({name: value})
     assert said in str(error.value)

@@ -23,8 +23,14 @@ from titanmem.stream import NOT_WRITTEN, REPLY, STATEMENT, WRITTEN, BatchMaker
 from titanmem.train import TrainConfig, Trainer, learning_rate
 
 WORDS = Words(
-    names=[f"{a}{b}n" for a in ("Ma", "Te", "Lo", "Si", "Ku") for b in ("ra", "li", "do", "ve", "mo", "pa", "zi")],
-    words=[f"{a}{b}" for a in ("tin", "bro", "sal", "gre", "mol") for b in ("der", "ing", "ock", "ant", "ule", "ish")],
+    names=[
+        f"{a}{b}n" for a in ("Ma", "Te", "Lo", "Si", "Ku") for b in ("ra", "li", "do", "ve", "mo", "pa", "zi")
+    ],
+    words=[
+        f"{a}{b}"
+        for a in ("tin", "bro", "sal", "gre", "mol")
+        for b in ("der", "ing", "ock", "ant", "ule", "ish")
+    ],
 )
 
 
@@ -69,7 +75,9 @@ def test_labels_mark_values_where_told_and_where_recalled(batches, tokenizer):
         assert set(batch.part[batch.gate == WRITTEN]) <= {STATEMENT}
         assert set(batch.gate[batch.part == REPLY]) <= {NOT_WRITTEN}, "the model does not write its own words"
         assert bool((batch.part[batch.recall] == REPLY).all())
-        told |= dict(zip(batch.identity[batch.gate == WRITTEN], batch.tokens[batch.gate == WRITTEN], strict=True))
+        told |= dict(
+            zip(batch.identity[batch.gate == WRITTEN], batch.tokens[batch.gate == WRITTEN], strict=True)
+        )
         for identity, token in zip(batch.identity[batch.recall], batch.tokens[batch.recall], strict=True):
             if identity in told:  # the row may end before the statement does
                 assert told[identity] == token
@@ -94,7 +102,11 @@ def test_the_memory_of_a_batch_is_the_memory_that_serves():
     )
     place = written.position_N
     code_NH, error_ND = memory_of(
-        decoder, decoder.memory.whitened(key[0, place]), written.target_ND, written.weight_N, torch.zeros(len(place))
+        decoder,
+        decoder.memory.whitened(key[0, place]),
+        written.target_ND,
+        written.weight_N,
+        torch.zeros(len(place)),
     )
     columns, values = decoder.memory.code(query[0])
     dense = torch.zeros(len(values), spec.code_width).scatter(1, columns, values)
@@ -118,7 +130,9 @@ def test_the_learning_rate_warms_up_and_falls():
 def test_a_run_learns_is_saved_and_resumes(tmp_path):
     text = tmp_path / "text.txt"
     names = " ".join(f"said {n} to {m} ." for n in WORDS.names for m in WORDS.names[:6])
-    text.write_text("\n".join([*TEXT, names, " ".join(WORDS.words * 6) + " " + " ".join(f"w{n}" for n in range(9))] * 2))
+    text.write_text(
+        "\n".join([*TEXT, names, " ".join(WORDS.words * 6) + " " + " ".join(f"w{n}" for n in range(9))] * 2)
+    )
     config = TrainConfig(
         out=tmp_path / "model", data=(text,), minutes=0.05, rows=4, tokens=64, warmup_steps=3, report_steps=2,
         threads=1, compiled=False,
