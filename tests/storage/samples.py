@@ -10,6 +10,7 @@ import numpy as np
 
 from storage.memory import Memory, Replay
 from storage.names import UserKey
+from storage.segment import Segment
 
 ALICE = UserKey("local", "alice")
 BASE = "0123456789abcdef"
@@ -66,6 +67,20 @@ def full_memory() -> Memory:
     """As large as the shipped model's gets: 1,048,576 elements, 200,000 of them written, a full reservoir."""
     return make_memory(
         theta_shape=((256, 4096),), nonzero=200_000, replay=make_replay(4096, 8, 4096), written_layers=(0,)
+    )
+
+
+def make_segment(chunk: int, *, key: UserKey = ALICE, tokens: int = 20, update_id: str = "") -> Segment:
+    """One chunk of one user, with tokens that only it has."""
+    return Segment(
+        key=key,
+        update_id=update_id or f"update-{chunk}",
+        conversation="a conversation",
+        role="user",
+        context=np.arange(3, dtype=np.int32),
+        tokens=(np.arange(tokens) + 1_000_003 * chunk + len(key.user)).astype(np.int32),
+        first_chunk_id=chunk,
+        last_chunk_id=chunk,
     )
 
 
