@@ -11,14 +11,17 @@ import functools
 import json
 import re
 import socket
+import ssl
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -87,6 +90,8 @@ class FakeBackend(Backend):
         """Tokens after which a reply breaks off with an unforeseen error."""
         self.pace_s = 0.0
         """Pause before each token."""
+        self.allowed: int | None = None
+        """Tokens that a reply may give; then it waits until it may give more. None: all."""
         self.reply: str | None = None
         """Said instead of an answer."""
         self.running: set[str] = set()
@@ -115,6 +120,8 @@ class FakeBackend(Backend):
             ids = ids[: call.max_tokens]
             for index, token in enumerate(ids):
                 await asyncio.sleep(self.pace_s)
+                while self.allowed is not None and index >= self.allowed:  # noqa: ASYNC110 (set by a thread)
+                    await asyncio.sleep(0.005)
                 if self.break_after is not None and index >= self.break_after:
                     raise RuntimeError("secret inside of the server")
                 yield TokenEvent(tokens=(token,))
@@ -289,24 +296,43 @@ def serving(backend: FakeBackend | None = None, **settings: Any) -> Iterator[Ser
         listener.close()
 
 
-def eventually(true: Callable[[], bool], within_s: float = 5.0) -> bool:
-    """Whether `true` becomes so in time: for what another thread does."""
-    tick = threading.Event()
-    for _ in range(int(within_s / 0.01)):
-        if true():
-            return True
-        tick.wait(0.01)
-    return true()
+def eventually(true: Callable[[], bool], within_s: float = 20.0) -> bool:
+    """Whether `true` becomes so in time: for what another thread does, on a machine that may be busy."""
+    end_s = time.monotonic() + within_s
+    while not true():
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def leave(served: Served, body: dict[str, Any]) -> None:
+    """Asks for a chat, and goes away when the cluster has it and holds its tokens back."""
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    address = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((address[0], int(address[1])), timeout=30) as link:
+        link.sendall(head.encode() + data)
+        assert eventually(lambda: bool(served.backend.running))
+
+
+def quick_client(**settings: Any) -> httpx.Client:
+    """A client that does not read the machine's certificates, which takes longer than a test."""
+    no_certificates = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    return httpx.Client(timeout=60, verify=no_certificates, trust_env=False, **settings)
 
 
 __all__ = [
     "FILE_MAGIC",
     "MODEL",
     "FakeBackend",
+    "FakeMemory",
     "QueueFull",
     "Served",
     "VersionConflict",
     "eventually",
+    "leave",
+    "quick_client",
     "serving",
     "tiny_tokenizer",
 ]

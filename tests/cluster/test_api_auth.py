@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ssl
-
-import httpx
 import pytest
 
 from storage.names import UserKey
-from tests.cluster.fake_backend import MODEL, serving
+from tests.cluster.fake_backend import MODEL, quick_client, serving
 
 CHAT = {"model": MODEL, "user": "u1", "messages": [{"role": "user", "content": "Hi"}]}
 ACME, OTHER, ADMIN = "key-of-acme", "key-of-other", "key-of-admin"
@@ -28,8 +25,7 @@ def backend(served):
 
 @pytest.fixture(scope="module")
 def http():
-    """One client for all: making one reads the machine's certificates, which takes a tenth of a second."""
-    with httpx.Client(timeout=30, verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)) as client:
+    with quick_client() as client:
         yield client
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import threading
 
-import httpx
 import numpy as np
 import pytest
 
 from cluster.ingest import PIECE_TOKENS
 from storage.errors import StoreUnavailable
 from storage.names import UserKey
-from tests.cluster.fake_backend import FILE_MAGIC, QueueFull, eventually, serving, tiny_tokenizer
+from tests.cluster.fake_backend import (
+    FILE_MAGIC,
+    QueueFull,
+    eventually,
+    quick_client,
+    serving,
+    tiny_tokenizer,
+)
 
 U1 = UserKey("local", "u1")
 BOOK = "It was the key under the mat; my dog, called Rex, knew naïve 中文.\n\n" * 600
@@ -33,7 +39,7 @@ def backend(served):
 
 @pytest.fixture(scope="module")
 def http(served):
-    with httpx.Client(base_url=served.url, timeout=30) as client:
+    with quick_client(base_url=served.url) as client:
         yield client
 
 
@@ -258,8 +264,8 @@ def test_a_memory_travels_as_a_file(http, backend):
 
 
 def test_an_import_over_the_limit_is_413(backend):
-    with serving(import_bytes_max=2048) as door:
-        reply = httpx.put(f"{door.url}/v1/memories/u1/import", content=b"x" * 2049)
+    with serving(import_bytes_max=2048) as door, quick_client() as http:
+        reply = http.put(f"{door.url}/v1/memories/u1/import", content=b"x" * 2049)
         assert reply.status_code == 413
         assert door.backend.memories == {}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import httpx
+import threading
+
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.metrics import DoorMetrics, merge, parse, write
-from tests.cluster.fake_backend import MODEL, eventually, serving, tiny_tokenizer
+from tests.cluster.fake_backend import MODEL, eventually, quick_client, serving, tiny_tokenizer
 
 
 def shard_text(shard, updates, writes_s=()):
@@ -95,7 +96,7 @@ def test_the_page_counts_what_the_door_did(served):
     model = (("model_name", MODEL),)
     chat = {"model": MODEL, "user": "u1", "messages": [{"role": "user", "content": "Hi"}]}
     served.backend.texts = [shard_text("shard-0", 5)]
-    with httpx.Client(base_url=served.url, timeout=10) as http:
+    with quick_client(base_url=served.url) as http:
 
         def value(name, labels=()):
             page = http.get("/metrics")
@@ -129,29 +130,30 @@ def test_the_page_counts_what_the_door_did(served):
 
 def test_waiting_and_running_follow_a_request(served):
     model = (("model_name", MODEL),)
-    served.backend.pace_s, served.backend.reply = 0.3, "one two three four"
+    served.backend.allowed, served.backend.reply = 0, "one two three four"
     chat = {"model": MODEL, "user": "u1", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    begun = threading.Event()
 
-    def both():
-        page = httpx.get(f"{served.url}/metrics").text
-        return [samples(page, f"vllm:num_requests_{name}")[model] for name in ("waiting", "running")]
+    def ask():
+        with (
+            quick_client() as http,
+            http.stream("POST", f"{served.url}/v1/chat/completions", json=chat) as reply,
+        ):
+            next(reply.iter_lines())
+            begun.set()
 
-    with httpx.Client(base_url=served.url, timeout=10) as http:
-        import threading
+    with quick_client(base_url=served.url) as http:
 
-        begun = threading.Event()
-
-        def ask():
-            with http.stream("POST", "/v1/chat/completions", json=chat) as reply:
-                for _ in reply.iter_lines():
-                    begun.set()
-                    return
+        def both():
+            page = http.get("/metrics").text
+            return [samples(page, f"vllm:num_requests_{name}")[model] for name in ("waiting", "running")]
 
         thread = threading.Thread(target=ask)
         thread.start()
-        assert eventually(lambda: both() == [1.0, 0.0], 2)
+        assert eventually(lambda: both() == [1.0, 0.0])
+        served.backend.allowed = 1
+        assert begun.wait(20)
         thread.join()
-        assert begun.is_set()
         assert eventually(lambda: both() == [0.0, 0.0]), "a client that left is still counted"
-        page = httpx.get(f"{served.url}/metrics").text
+        page = http.get("/metrics").text
         assert samples(page, "vllm:request_success_total")[(("finished_reason", "abort"), *model)] == 1
