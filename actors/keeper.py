@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class MemoryKeeper:
 
     # -- the data path ----------------------------------------------------------------------------------------
 
-    async def chat(self, call: ChatCall) -> AsyncIterator[TokenEvent | DoneEvent]:
+    async def chat(self, call: ChatCall) -> AsyncGenerator[TokenEvent | DoneEvent, None]:
         """The reply's tokens, then one `DoneEvent` when all is in the journal. Closing it ends the reply at once.
 
         Raises QueueFull, JournalFull, BadMemoryFile, StoreError.
@@ -346,9 +346,9 @@ def _version(info: VersionInfo) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def collect(events: AsyncIterator[TokenEvent | DoneEvent]) -> DoneEvent:
+async def collect(events: AsyncGenerator[TokenEvent | DoneEvent, None]) -> DoneEvent:
     """The end of a reply, for callers who do not stream."""
-    async with aclosing(events) as stream:  # type: ignore[type-var]
+    async with aclosing(events) as stream:
         async for event in stream:
             if isinstance(event, DoneEvent):
                 return event

@@ -168,9 +168,15 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_conv = nn.Parameter(torch.zeros(config.hidden_size, config.embedding_conv))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        """Of `Layer`; see `stack`, which has their type."""
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.memory = SparseMemory(config.hidden_size, config.memory)
+
+    @property
+    def stack(self) -> list[Layer]:
+        """The layers, lowest first."""
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     def embed(self, tokens_BT: Tensor, before_BCE: Tensor) -> tuple[Tensor, Tensor]:
         """Token embeddings plus a short causal convolution over them; `before_BCE` are the taps - 1 rows before.
@@ -194,7 +200,7 @@ class Decoder(nn.Module):
         """Layers below the memory for whole rows: residual stream x and memory input h, both [B, T, E]."""
         x, _ = self.embed(tokens_BT, self.zeros(len(tokens_BT), self.config.embedding_conv - 1))
         turn = self.turn(torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
-        for layer in self.layers[: self.config.memory_layer]:
+        for layer in self.stack[: self.config.memory_layer]:
             x = layer.blocks(x, turn, None)
         return x, unit_rms(x)
 
@@ -202,7 +208,7 @@ class Decoder(nn.Module):
         """Layers from the memory on, for whole rows: normalised output [B, T, E]."""
         turn = self.turn(torch.arange(x_BTE.shape[1], device=x_BTE.device))
         context = self.memory.as_context(read_BTD)
-        for layer in self.layers[self.config.memory_layer :]:
+        for layer in self.stack[self.config.memory_layer :]:
             x_BTE = layer.blocks(x_BTE, turn, context)
             context = None
         return self.norm(x_BTE)
@@ -211,7 +217,7 @@ class Decoder(nn.Module):
         """Layers below the memory for T new tokens of B conversations: x [B, T, E], queries [B, T, D]."""
         x, plain = self.embed(tokens_BT, cache.embeddings)
         turn = self.turn(cache.new_positions)
-        for index, layer in enumerate(self.layers[: self.config.memory_layer]):
+        for index, layer in enumerate(self.stack[: self.config.memory_layer]):
             x = layer.cached(x, turn, cache, index, None)
         hidden = unit_rms(x)
         _, query = self.memory.keys_queries(hidden, cache.history)
@@ -223,7 +229,7 @@ class Decoder(nn.Module):
         turn = self.turn(cache.new_positions)
         context = self.memory.as_context(read_BTD)
         for index in range(self.config.memory_layer, self.config.num_hidden_layers):
-            x_BTE = self.layers[index].cached(x_BTE, turn, cache, index, context)
+            x_BTE = self.stack[index].cached(x_BTE, turn, cache, index, context)
             context = None
         return self.norm(x_BTE)
 

@@ -89,6 +89,12 @@ class BatchMaker:
         )
         self.newline = self.ids("\n")
 
+    def _special(self, token: str) -> int:
+        index = self.tokenizer.token_to_id(token)
+        if index is None:
+            raise ValueError(f"the tokenizer has no token {token}")
+        return index
+
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 

@@ -93,7 +93,7 @@ def initialised(config: DecoderConfig) -> Decoder:
     decoder = Decoder(config)
     torch.nn.init.normal_(decoder.embed_tokens.weight)
     torch.nn.init.normal_(decoder.lm_head.weight, std=0.02)
-    for layer in decoder.layers:
+    for layer in decoder.stack:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     return decoder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,6 @@ from tests.tiny_model import tiny_folder
 from titanmem.tokenizer import ChatTokenizer
 
 ALICE, BOB, CAROL = (UserKey("local", name) for name in ("alice", "bob", "carol"))
-Open = Callable[..., "asyncio._AsyncGeneratorContextManager[MemoryKeeper]"]
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +267,9 @@ async def test_an_older_epoch_cannot_store(options, tmp_path):
             await old.flush()
         with pytest.raises(Fenced):
             await old.ingest(piece(ALICE, 4))
-        old.roster.slab.get(ALICE).stored_version = 10**6  # nothing more to flush at the end
+        resident = old.roster.slab.get(ALICE)
+        assert resident is not None
+        resident.stored_version = 10**6  # nothing more to flush at the end
 
 
 async def test_a_store_that_is_gone_does_not_stop_whoever_is_resident(options, model, tmp_path):

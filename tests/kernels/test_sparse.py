@@ -51,7 +51,9 @@ def test_update_is_the_oracle(tokens, width, dim, active, alpha):
     columns[-1] = columns[0]  # a fact told twice
     target, weight = units(generator, tokens, dim), torch.rand(tokens, generator=generator)
     touched, new = ops.sparse_update(slab, 1, columns, values, target, weight, alpha)
-    wanted = oracle.write(*(x.numpy() for x in (slab[1], columns, values, target, weight)), alpha)
+    wanted = oracle.write(
+        slab[1].numpy(), columns.numpy(), values.numpy(), target.numpy(), weight.numpy(), alpha
+    )
     assert touched.tolist() == np.unique(columns.numpy()).tolist()
     assert np.abs(new.float().numpy() - wanted[touched.numpy()]).max() < HALF
     assert new.dtype == slab.dtype
