@@ -19,7 +19,7 @@ S3_ENVIRONMENT = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 90.0
 
 
 def free_port() -> int:
