@@ -35,6 +35,7 @@ def save_decoder(decoder: Decoder, folder: Path, tokenizer_json: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().half().contiguous() for name, value in decoder.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # the library makes it readable to its owner only
     end = "<|end|>"
     documents = {
         "config.json": decoder.config.to_dict(),
