@@ -82,11 +82,9 @@ class BatchMaker:
         self.rows, self.length, self.window = rows, tokens + 1, window
         self.random = random.Random(facts.random.random())
         special = tokenizer.token_to_id
-        self.user, self.assistant, self.end = (
-            special("<|user|>"),
-            special("<|assistant|>"),
-            special("<|end|>"),
-        )
+        self.user = self._special("<|user|>")
+        self.assistant = self._special("<|assistant|>")
+        self.end = self._special("<|end|>")
         self.newline = self.ids("\n")
 
     def _special(self, token: str) -> int:
