@@ -81,7 +81,6 @@ class BatchMaker:
         self.tokenizer, self.book, self.facts = tokenizer, book, facts
         self.rows, self.length, self.window = rows, tokens + 1, window
         self.random = random.Random(facts.random.random())
-        special = tokenizer.token_to_id
         self.user = self._special("<|user|>")
         self.assistant = self._special("<|assistant|>")
         self.end = self._special("<|end|>")
