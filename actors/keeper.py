@@ -239,15 +239,26 @@ class MemoryKeeper:
         return self.options.buckets is None or bucket_of(key) in self.options.buckets
 
     async def users(self) -> list[dict[str, Any]]:
-        """All users of this shard: resident, stored, or in the journal only."""
-        stored = await asyncio.to_thread(lambda: list(self.roster.vault.store.users()))
-        resident = {r.key: r for r in self.roster.slab.residents() if r.memory_version}
-        keys = {key for key in [*stored, *resident, *self.roster.journal.users_pending()] if self.owns(key)}
+        """All users of this shard: resident, stored, or in the journal only (version 0 until they come in)."""
+        store = self.roster.vault.store
+        residents = [r for r in self.roster.slab.residents() if r.memory_version and self.owns(r.key)]
+        resident = {r.key: r.memory_version for r in residents}
+
+        def stored() -> dict[UserKey, int]:
+            own = [key for key in store.users() if self.owns(key)]
+            return {key: max((info.version for info in store.versions(key)), default=0) for key in own}
+
+        pending = {key: 0 for key in self.roster.journal.users_pending() if self.owns(key)}
+        versions = {**pending, **await asyncio.to_thread(stored), **resident}
         return [
-            {"tenant": key.tenant, "user": key.user, "resident": key in resident,
-             "memory_version": resident[key].memory_version if key in resident else None}
-            for key in sorted(keys)
-        ]  # fmt: skip
+            {
+                "tenant": key.tenant,
+                "user": key.user,
+                "resident": key in resident,
+                "memory_version": version,
+            }
+            for key, version in sorted(versions.items())
+        ]
 
     async def flush(self) -> int:
         """Store every memory that is not stored yet; returns how many."""
