@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from tokenizers import Tokenizer
 
-from titanmem.facts import ACKNOWLEDGED, ASK_LEADS, TAILS, UNKNOWN, Fact, FactMaker
+from titanmem.facts import Fact, FactMaker
+from titanmem.phrases import ACKNOWLEDGED, ASK_LEADS, TAILS, UNKNOWN
 
 BOOK, STATEMENT, ASKED, REPLY = 0, 1, 2, 3
 """What a token is part of."""

@@ -13,12 +13,13 @@ from tokenizers import Tokenizer
 from kernels import ops
 from tests.tiny_model import TEXT, tiny_config, tiny_decoder
 from titanmem.corpus import read_text, token_stream, train_tokenizer, words_of
-from titanmem.facts import FAMILIES, UNKNOWN, FactMaker, Words, is_heldout
+from titanmem.facts import FAMILIES, FactMaker, Words, is_heldout
 from titanmem.fold import Encoder, fold
 from titanmem.folder import load_decoder
 from titanmem.muon import orthogonalized
 from titanmem.needles import Needle, heldout_needles, hide, read_needles, write_needles
 from titanmem.objective import Weights, memory_of, step_loss
+from titanmem.phrases import UNKNOWN
 from titanmem.stream import NOT_WRITTEN, REPLY, STATEMENT, WRITTEN, BatchMaker
 from titanmem.train import TrainConfig, Trainer, learning_rate
 
