@@ -45,7 +45,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _reap() -> None:
     """Waits for Ray's processes: it ends them, but leaves them to the interpreter, which warns of each."""
-    for process in [it for it in gc.get_objects() if isinstance(it, subprocess.Popen)]:
+    for process in [it for it in gc.get_objects() if issubclass(type(it), subprocess.Popen)]:
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
