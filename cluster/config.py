@@ -168,13 +168,7 @@ def from_mapping(values: Mapping[str, Any], base: Config | None = None) -> Confi
 
     Raises `ValueError` that names the field.
     """
-    plain = (base or laptop()).to_dict()
-    for name, value in values.items():
-        if name not in _FIELDS:
-            raise ValueError(f"{name}: no such field; there are {', '.join(sorted(_FIELDS))}")
-        value = _typed(name, value)
-        plain[name] = {**plain[name], **value} if name == "spec" else value
-    return Config(**plain)
+    return _layered(base or laptop(), [("", values)])
 
 
 def load(
@@ -186,20 +180,35 @@ def load(
 ) -> Config:
     """The configuration of this start: `base` < TOML `file` < `env` < `flags`; a flag of None was not given.
 
-    Raises `ValueError` that names the source (file or variable) and the field.
+    Raises `ValueError` that names the source (file or environment) and the field.
     """
-    config = base or laptop()
+    layers: list[tuple[str, Mapping[str, Any]]] = []
     if file is not None:
-        config = _layer(config, _read_toml(Path(file)), f"{file}: ")
-    config = _layer(config, _from_env(os.environ if env is None else env), "from the environment: ")
-    return _layer(config, {k: v for k, v in (flags or {}).items() if v is not None}, "")
+        layers.append((f"{file}: ", _read_toml(Path(file))))
+    layers.append(("from the environment: ", _from_env(os.environ if env is None else env)))
+    layers.append(("", {k: v for k, v in (flags or {}).items() if v is not None}))
+    return _layered(base or laptop(), layers)
 
 
-def _layer(config: Config, values: Mapping[str, Any], source: str) -> Config:
+def _layered(base: Config, layers: list[tuple[str, Mapping[str, Any]]]) -> Config:
+    """Later layers win, and only the whole is checked: the host may stand in a file, its keys in variables."""
+    plain = base.to_dict()
+    sources: dict[str, str] = {}
+    for source, values in layers:
+        for name, value in values.items():
+            if name not in _FIELDS:
+                raise ValueError(f"{source}{name}: no such field; there are {', '.join(sorted(_FIELDS))}")
+            try:
+                value = _typed(name, value)
+            except ValueError as error:
+                raise ValueError(f"{source}{error}") from None
+            plain[name] = {**plain[name], **value} if name == "spec" else value
+            sources[name] = source
     try:
-        return from_mapping(values, config)
+        return Config(**plain)
     except ValueError as error:
-        raise ValueError(f"{source}{error}") from None
+        field_name = str(error).partition(":")[0]
+        raise ValueError(f"{sources.get(field_name, '')}{error}") from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

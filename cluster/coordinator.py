@@ -17,12 +17,11 @@ import ray
 
 from actors.handover import hand_over
 from actors.options import KeeperOptions, ShardOptions
-from actors.snapshotter import SnapshotOptions, SnapshotterActor
 from cluster.config import Config
 from cluster.errors import BadRequest, NotReady
 from cluster.handles import COORDINATOR, NAMESPACE, SNAPSHOTTER, Handle, find
 from cluster.mapstore import read_map, record_epoch, settle
-from cluster.shardmap import ShardMap, shard_name
+from cluster.shardmap import ShardMap, moved, shard_name
 from cluster.watcher import BACKOFF_MAX_S, Watcher
 from storage.errors import TitanmemError
 from storage.journal import Journal
@@ -42,7 +41,9 @@ class Coordinator:
         self._settled = asyncio.Event()
         self._error: TitanmemError | None = None
         self._draining = False
+        self._moves = 0
         self._map_lock = asyncio.Lock()
+        self._snapshots: asyncio.Task[None] | None = None
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     # -- for the door and for serve ------------------------------------------------------------------
@@ -65,6 +66,16 @@ class Coordinator:
             raise self._error
         await asyncio.gather(*(asyncio.shield(watcher.first) for watcher in self._watchers))
         return await self.status()
+
+    async def metrics(self) -> bytes:
+        """Prometheus text of what only the coordinator counts, since it was started."""
+        lines = []
+        for name, help_, value in (
+            ("titan:bucket_moves_total", "Buckets that went to another shard.", self._moves),
+            ("titan:fenced_total", "Shards that another cluster has taken over.", self._fenced()),
+        ):
+            lines += [f"# HELP {name} {help_}", f"# TYPE {name} counter", f"{name} {value}"]
+        return ("\n".join(lines) + "\n").encode()
 
     async def scale(self, shards: int) -> dict[str, Any]:
         """Buckets do not move while shards run, so only the number that is there already is accepted."""
@@ -99,7 +110,9 @@ class Coordinator:
     async def stop(self) -> dict[str, Any]:
         """Stores every memory and ends every shard and the snapshotter; returns the last `status`."""
         await self.begin_drain()
-        self._task.cancel()
+        for task in (self._task, self._snapshots):
+            if task is not None:
+                task.cancel()
         await asyncio.gather(*(watcher.stop() for watcher in self._watchers))
         with contextlib.suppress(TimeoutError):
             snapshotter = await find(SNAPSHOTTER)
@@ -108,6 +121,9 @@ class Coordinator:
         return await self.status()
 
     # -- inside --------------------------------------------------------------------------------------
+
+    def _fenced(self) -> int:
+        return sum(watcher.state == "fenced" for watcher in self._watchers)
 
     def _state(self) -> str:
         if self._draining:
@@ -140,8 +156,10 @@ class Coordinator:
         living = await self._living(before)
         if before is None or not living:
             # Nothing runs: the one moment in which buckets may move and journals may be opened by others.
-            before = await asyncio.to_thread(settle, store, self._config.shards)
-            await asyncio.to_thread(self._hand_over, before)
+            after = await asyncio.to_thread(settle, store, self._config.shards)
+            self._moves = moved(before, after) if before else 0
+            await asyncio.to_thread(self._hand_over, after)
+            before = after
         self._map = before
         # A coordinator that was started again does not take its shards back from a newer cluster.
         take_over = not living and not ray.get_runtime_context().was_current_actor_reconstructed
@@ -159,7 +177,7 @@ class Coordinator:
         ]
         for watcher in self._watchers:
             watcher.start(living.get(watcher.shard))
-        self._start_snapshotter(before)
+        self._snapshots = asyncio.create_task(self._start_snapshotter(before))
 
     async def _living(self, before: ShardMap | None) -> dict[str, Handle]:
         """Shards that an earlier coordinator of this Ray cluster has started, by name."""
@@ -171,7 +189,11 @@ class Coordinator:
         folder = Path(self._config.journal_dir)
         hand_over(folder, lambda key: shard_name(current.owner_of(key)), Journal)
 
-    def _start_snapshotter(self, current: ShardMap) -> None:
+    async def _start_snapshotter(self, current: ShardMap) -> None:
+        """Once the shards serve: a backup can wait, and its libraries take a second to load."""
+        await asyncio.wait([watcher.first for watcher in self._watchers])
+        from actors.snapshotter import SnapshotOptions, SnapshotterActor
+
         options = SnapshotOptions(
             target=self._config.snapshots,
             interval_s=self._config.snapshot_interval_s,

@@ -13,6 +13,7 @@ from storage.store import open_store
 from titanmem.decoder_config import DecoderConfig
 from titanmem.tokenizer import ChatTokenizer
 
+RAY_TIMEOUT_S = 5.0
 PORT_WAIT_S = 3.0
 """A door that was killed a moment ago is still going; anybody else keeps the port."""
 
@@ -24,6 +25,8 @@ class CannotServe(ClusterError):
 def check(config: Config) -> None:
     """What can be known before anything starts: port, model, store, journal. Raises `TitanmemError`."""
     check_port(config.host, config.port)
+    if config.ray_address is not None:
+        check_ray_address(config.ray_address)
     ChatTokenizer(config.model_folder)
     model = DecoderConfig.load(config.model_folder)
     if not any(config.model_folder.glob("*.safetensors")):
@@ -56,6 +59,20 @@ def check_port(host: str, port: int, wait_s: float = PORT_WAIT_S) -> None:
                     f"stop what listens there, or choose another with --port"
                 ) from None
             time.sleep(0.1)
+
+
+def check_ray_address(address: str, timeout_s: float = RAY_TIMEOUT_S) -> None:
+    """Raises `CannotServe` when nobody listens at `host:port`: Ray itself would try for minutes.
+
+    Other forms (`auto`, `ray://…`) are left to Ray.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    except (OSError, OverflowError) as error:
+        raise CannotServe(f"--ray-address {address}: no Ray cluster answers there: {error}") from None
 
 
 def machine_gpus(env: Mapping[str, str]) -> int:

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
@@ -37,6 +38,7 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # Ray's remarks on dead workers; the coordinator logs what matters
 }
 
+RAY_TOKEN = Path("~/.ray/auth_token")
 LOGS = "/tmp/ray/session_latest/logs"
 
 Say = Callable[[str], None]
@@ -70,7 +72,13 @@ def prepare_environment(config: Config) -> None:
     threads = max(1, (os.cpu_count() or 1) // config.shards)
     for name, value in {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}.items():
         os.environ.setdefault(name, value)
+    tokens = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if config.ray_address and (any(map(os.environ.get, tokens)) or RAY_TOKEN.expanduser().exists()):
+        # Clusters of this release ask for a token; a driver that joins one by address does not send it unasked.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     logging.getLogger("ray").setLevel(logging.ERROR)
+    # Serve sets its logger's level itself, so its notes for developers are filtered out.
+    logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 
 
 class Server:
@@ -233,7 +241,8 @@ def address(config: Config) -> str:
 def welcome(config: Config, took_s: float) -> str:
     """What the operator reads when the server is ready."""
     url = address(config)
-    body = '{"user": "alice", "messages": [{"role": "user", "content": "My cat is called Minka."}]}'
+    message = '{"role": "user", "content": "My cat is called Minka."}'
+    body = f'{{"model": "{config.model_name}", "user": "alice", "messages": [{message}]}}'
     key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
     request = (
         f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.config import Config, laptop
-from cluster.preflight import CannotServe, check, check_port, machine_gpus
+from cluster.preflight import CannotServe, check, check_port, check_ray_address, machine_gpus
 from cluster.serve import address, welcome
 from storage.errors import StoreUnavailable, TitanmemError
 from tests.servers import free_port
@@ -88,6 +88,14 @@ def test_a_port_that_is_given_back_in_a_moment_is_waited_for() -> None:
 def test_an_address_of_another_machine() -> None:
     with pytest.raises(CannotServe, match=r"203\.0\.113\.7"):
         check_port("203.0.113.7", free_port(), wait_s=0.0)
+
+
+def test_a_ray_address_where_nobody_listens() -> None:
+    with pytest.raises(CannotServe, match="no Ray cluster answers there"):
+        check_ray_address(f"127.0.0.1:{free_port()}")
+    check_ray_address("auto")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        check_ray_address(f"127.0.0.1:{listener.getsockname()[1]}")
 
 
 def test_hidden_gpus_do_not_count() -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,10 @@ def chat(key: UserKey, name: str, length: int = 3, token_s: float = 0.0) -> Chat
 
 def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
+
+
+async def collect(events: AsyncIterator[TokenEvent | DoneEvent]) -> list[TokenEvent | DoneEvent]:
+    return [event async for event in events]
 
 
 async def one_on(router: Router, shard: str) -> UserKey:
@@ -167,7 +171,9 @@ async def test_chat_streams_through_the_door(cluster: Running) -> None:
             piece["choices"][0]["delta"].get("content") or "" for piece in pieces if piece["choices"]
         )
         assert text == "Rex"
-        assert "titan:shardmap_version" in (await client.get("/metrics")).text
+        metrics = (await client.get("/metrics")).text
+        for line in ("titan:shardmap_version ", "titan:bucket_moves_total 2048.0", "titan:fenced_total 0.0"):
+            assert f"\n{line}" in metrics
 
 
 async def test_a_client_that_goes_away_stops_the_keeper(cluster: Running, router: Router) -> None:
@@ -210,13 +216,13 @@ async def test_closing_a_reply_reaches_the_keeper_at_once(router: Router) -> Non
 
 async def test_a_router_with_an_old_map_corrects_itself(router: Router) -> None:
     key = await one_on(router, "shard-0")
-    current = router._map
+    current = router._routes.map
     assert current is not None
-    router._map = type(current)(
+    router._routes.map = type(current)(
         version=current.version, owners=tuple(1 - owner for owner in current.owners), epochs=current.epochs
     )
     assert (await router.describe(key))["shard"] == "shard-0"
-    assert router._map == current
+    assert router._routes.map == current
 
 
 async def test_killing_a_shard_loses_nothing_and_disturbs_nobody_else(router: Router) -> None:
@@ -234,6 +240,7 @@ async def test_killing_a_shard_loses_nothing_and_disturbs_nobody_else(router: Ro
     outcome = await router.ingest(ingest(mine, "acknowledged"))
     os.kill(before["pid"], signal.SIGKILL)
     began = time.monotonic()
+    asked = asyncio.create_task(collect(router.chat(chat(mine, "asked while it was dead"))))
     again = await router.ingest(ingest(mine, "acknowledged"))
     took_s = time.monotonic() - began
     assert again.duplicate
@@ -242,8 +249,7 @@ async def test_killing_a_shard_loses_nothing_and_disturbs_nobody_else(router: Ro
     assert after["pid"] != before["pid"]
     assert after["epoch"] > before["epoch"]
     assert took_s < 30, "a machine under load starts a process slowly; this one starts Python and imports"
-    events = [event async for event in router.chat(chat(mine, "after"))]
-    assert isinstance(events[-1], DoneEvent)
+    assert isinstance((await asked)[-1], DoneEvent)
     stop.set()
     await busy
     assert len(answers) > 3

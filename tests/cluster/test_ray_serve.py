@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -75,7 +77,10 @@ def test_killed_started_again_and_stopped(model_folder: Path, tmp_path: Path) ->
         assert any(line.startswith(f"titanmem is ready at {url} (1 shard") for line in said)
         assert any(line.endswith(f"{url}/console") for line in said)
         assert any("curl" in line and "/v1/chat/completions" in line for line in said)
-        assert len(said) < 12, said
+        assert len(said) == 7, said
+        example = next(line.removeprefix("  try      ") for line in said if line.startswith("  try"))
+        answer = subprocess.run(shlex.split(example) + ["-s"], capture_output=True, text=True, timeout=60)
+        assert json.loads(answer.stdout)["titan"]["memory_version"] == 1, answer.stdout
         assert (
             httpx.post(f"{url}/v1/chat/completions", json=ASK, timeout=30).json()["titan"]["memory_version"]
             == 1

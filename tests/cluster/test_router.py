@@ -14,7 +14,8 @@ from actors.errors import NotOwner, QueueFull, ShardNotOpen
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, RenderedMessage, TokenEvent
 from cluster.errors import NotReady, ShardUnavailable
 from cluster.mapstore import record_epoch, settle
-from cluster.router import Patience, Router
+from cluster.patience import Patience
+from cluster.router import Router
 from storage.errors import Fenced, NoSuchMemory
 from storage.names import UserKey
 from storage.store import MemoryStore, open_store
@@ -224,8 +225,10 @@ async def test_chat_passes_events_on_and_leaves_a_finished_request_alone(place: 
 
 
 async def test_chat_is_asked_again_before_the_first_token(place: Place) -> None:
-    shard = Shard(chat=Method(stream(DIED), stream(TokenEvent(tokens=(1,)), DONE)))
+    errors = (DIED, ShardNotOpen("shard-0", "starting"), NotOwner("shard-0", 1, 3))
+    shard = Shard(chat=Method(*map(stream, errors), stream(TokenEvent(tokens=(1,)), DONE)))
     assert len(await collect(place.router(shard).chat(CHAT))) == 2
+    assert shard.cancel.calls == [], "a cancel would end the next try, which has the same request id"
 
 
 @pytest.mark.parametrize("error", [DIED, Fenced("over")], ids=lambda error: type(error).__name__)
