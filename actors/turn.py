@@ -84,7 +84,9 @@ class Turn:
     async def _journal_prompt(self, resident: Resident) -> list[Segment]:
         """Journal what of the conversation is new; all but its last chunk is folded at once. Returns that chunk."""
         messages = self.call.messages
-        known = max((i + 1 for i, m in enumerate(messages) if m.prefix_hash in resident.seen), default=0)
+        # The last message is what the user says now, even if the same was said before: Rex, then Max, then Rex again.
+        # A retry of this very request is known by its update id.
+        known = max((i + 1 for i, m in enumerate(messages[:-1]) if m.prefix_hash in resident.seen), default=0)
         new = joined([message.tokens for message in messages[known:]])
         context = joined([message.tokens for message in messages[:known]])
         seen = [message.prefix_hash for message in messages[known:]]

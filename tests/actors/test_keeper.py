@@ -150,6 +150,20 @@ async def test_history_that_comes_again_is_not_written_twice(options, model):
         assert added == len(call.messages[-1].tokens) + len(call.generation_prompt) + 1
 
 
+async def test_what_is_said_again_is_written_again_but_a_retry_is_not(options, model):
+    said = ("user", "my dog's name is Rex7.")
+    async with opened(options) as keeper:
+        call = chat(model, ALICE, said, max_tokens=1)
+        grown = []
+        for update_id in ("u1", "u2", "u2"):
+            before = keeper.roster.slab.get(ALICE)
+            seen = before.tokens_seen if before else 0
+            await collect(keeper.chat(replace(call, update_id=update_id)))
+            grown.append((await state(keeper, ALICE))[4] - seen)
+        assert grown == [grown[0], grown[0], 0]
+        assert grown[0] == len(call.messages[0].tokens) + len(call.generation_prompt) + 1
+
+
 async def test_a_repeated_piece_returns_its_first_outcome(options):
     async with opened(options) as keeper:
         first = await keeper.ingest(piece(ALICE, 1))
