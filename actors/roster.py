@@ -27,6 +27,7 @@ from storage.memory import SEEN_MAX
 from storage.names import UserKey
 from storage.segment import SEGMENT_TOKENS_MAX, Segment
 from titanmem.fold import Encoder, Fold, fold
+from titanmem.tracing import continued
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +227,8 @@ class Roster:
         started = time.perf_counter()
         version, chunk = resident.memory_version, resident.last_chunk_id
         try:
-            await self._in_store_pool(self._put, resident)
+            with continued({}, "store", titan__memory_version=version):
+                await self._in_store_pool(self._put, resident)
         except StoreError as error:
             self._figures.store_errors.add("put")
             if isinstance(error, Fenced):
