@@ -110,6 +110,15 @@ def test_errors_name_where_the_value_came_from(tmp_path: Path) -> None:
         load(env={"TITANMEM_SHARDS": "many"})
 
 
+def test_only_the_whole_is_checked(tmp_path: Path) -> None:
+    file = tmp_path / "t.toml"
+    file.write_text('host = "0.0.0.0"')
+    assert load(file, env={"TITANMEM_API_KEYS": "acme=key-of-acme"}).host == "0.0.0.0"
+    assert load(file, env={"TITANMEM_SHARDS": "0"}, flags={"host": "127.0.0.1", "shards": 2}).shards == 2
+    with pytest.raises(ValueError, match=rf"^{file}: host: 0\.0\.0\.0 can be reached"):
+        load(file, env={})
+
+
 def test_outside_addresses_need_keys() -> None:
     assert not laptop(host="0.0.0.0", api_keys={"acme": "key-of-acme"}).loopback
     assert laptop(host="127.0.0.2").loopback
