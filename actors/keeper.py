@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from actors.engine import Engine
 from actors.errors import QueueFull
@@ -372,7 +369,6 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     config = await asyncio.to_thread(DecoderConfig.load, folder)
     overrides = {**options.spec_overrides, "mode": options.mode, "rule": options.rule}
     spec = config.memory.overridden(overrides)
-    torch.set_num_threads(max(1, (os.cpu_count() or 2)))
     decoder = await asyncio.to_thread(load_decoder, folder)
     store = await asyncio.to_thread(open_store, options.store_url)
     figures = Figures(options.shard)
