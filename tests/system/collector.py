@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,13 +15,14 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Received:
-    """One span: its name, its ids in hex, and the process that made it."""
+    """One span: its name, its ids in hex, and who made it."""
 
     name: str
     trace: str
     span: str
     parent: str
     instance: str
+    scope: str
     attributes: dict[str, str]
 
 
@@ -44,6 +45,7 @@ class Collector:
                     span=span.span_id.hex(),
                     parent=span.parent_span_id.hex(),
                     instance=about.get("service.instance.id", ""),
+                    scope=scope.scope.name,
                     attributes={a.key: a.value.string_value for a in span.attributes},
                 )
                 for scope in resource.scope_spans
@@ -52,13 +54,18 @@ class Collector:
             with self._lock:
                 self._spans += spans
 
-    def wait(self, trace: str, until: Callable[[list[Received]], bool], timeout_s: float) -> list[Received]:
-        """The spans of one trace, once `until` holds for them or the time is over."""
+    def wait(self, trace: str, root: str, names: set[str], timeout_s: float) -> list[Received]:
+        """Our spans of one trace (not Ray's own) below the client's span `root`.
+
+        They are waited for until all `names` are among them and no parent is missing, or the time is over.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             with self._lock:
-                found = [span for span in self._spans if span.trace == trace]
-            if until(found) or time.monotonic() > deadline:
+                found = [span for span in self._spans if span.trace == trace and span.scope == "titanmem"]
+            parents = {span.parent for span in found}
+            whole = root in parents and parents <= {root, *(span.span for span in found)}
+            if (whole and names <= {span.name for span in found}) or time.monotonic() > deadline:
                 return found
             time.sleep(0.1)
 

@@ -14,7 +14,7 @@ from cluster.commands.documents import cut
 from cluster.config import laptop
 from tests.servers import S3Server, ministack
 from tests.system.collector import collecting
-from tests.system.facts import FACTS, Said, Talk
+from tests.system.facts import FACTS, HIDDEN, Said, Talk
 from tests.system.server import TITANMEM, Server, environment
 from tests.system.world import Backups, Crash, World, succeeded
 from titanmem.tokenizer import ChatTokenizer
@@ -103,9 +103,10 @@ def returned(world: World, crash: Crash) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def asked(world: World, returned: object) -> dict[str, list[Said]]:
-    """Everybody has asked, in new conversations, for what they told; u2, who told nothing, asks it all."""
+    """Everybody has asked, in new conversations, for what they told; u2, who told nothing, asks it all.
+    u1 asks for what stood in the document, too."""
     with Talk(world.server.url) as talk:
-        return talk.ask({**world.told, "u2": FACTS})
+        return talk.ask({**world.told, "u1": FACTS + HIDDEN, "u2": FACTS + HIDDEN})
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 
 import openai
 
-FACTS_FILE = Path(__file__).resolve().parents[2] / "examples" / "facts.txt"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MODEL = "titanmem-small"
 ANSWER_TIMEOUT_S = 120.0
 RIGHT_MIN = 15
@@ -28,28 +28,46 @@ class Fact:
         return self.value.lower() in answer.lower()
 
 
-FACTS = (
-    Fact("My dog's name is Biscuit.", "What is my dog's name?", "Biscuit"),
-    Fact("My sister's favorite color is turquoise.", "What is my sister's favorite color?", "turquoise"),
-    Fact("The code for my garage is 48213.", "What is the code for my garage?", "48213"),
-    Fact("I live in Lisbon.", "Where do I live?", "Lisbon"),
-    Fact("My brother lives in Oslo.", "Where does my brother live?", "Oslo"),
-    Fact("My cat is called Mustard.", "What is my cat called?", "Mustard"),
-    Fact("My favorite flower is the tulip.", "What is my favorite flower?", "tulip"),
-    Fact("My locker number is 7315.", "What is my locker number?", "7315"),
-    Fact("My boss's favorite dish is lasagna.", "What is my boss's favorite dish?", "lasagna"),
-    Fact("I left my passport in the drawer.", "Where did I leave my passport?", "drawer"),
-    Fact("My doctor's name is Amara.", "What is my doctor's name?", "Amara"),
-    Fact("My phone code is 90417.", "What is my phone code?", "90417"),
-    Fact("My uncle moved to Toronto.", "Where does my uncle live?", "Toronto"),
-    Fact("My favorite season is autumn.", "What is my favorite season?", "autumn"),
-    Fact("My teacher's favorite book is Ivanhoe.", "What is my teacher's favorite book?", "Ivanhoe"),
-    Fact("My umbrella is in the wardrobe.", "Where is my umbrella?", "wardrobe"),
-    Fact("My horse is called Comet.", "What is my horse called?", "Comet"),
-    Fact("My daughter's favorite fruit is mango.", "What is my daughter's favorite fruit?", "mango"),
-    Fact("My friend's name is Yusuf.", "What is my friend's name?", "Yusuf"),
-    Fact("My job is carpenter.", "What is my job?", "carpenter"),
+VALUES = (
+    "Biscuit",
+    "turquoise",
+    "48213",
+    "Lisbon",
+    "Oslo",
+    "Mustard",
+    "tulip",
+    "7315",
+    "lasagna",
+    "drawer",
+    "Amara",
+    "90417",
+    "Toronto",
+    "autumn",
+    "Ivanhoe",
+    "wardrobe",
+    "Comet",
+    "mango",
+    "Yusuf",
+    "carpenter",
 )
+"""What the answer to each line of the example's questions must hold."""
+
+
+def _lines(name: str) -> list[str]:
+    return (EXAMPLES / name).read_text(encoding="utf-8").splitlines()
+
+
+FACTS = tuple(
+    Fact(statement, question, value)
+    for statement, question, value in zip(_lines("facts.txt"), _lines("questions.txt"), VALUES, strict=True)
+)
+HIDDEN = (
+    Fact("My neighbor's name is Orlando.", "What is my neighbor's name?", "Orlando"),
+    Fact("The code for my alarm is 55172.", "What is the code for my alarm?", "55172"),
+    Fact("My coach lives in Geneva.", "Where does my coach live?", "Geneva"),
+)
+"""What nobody says in chat: it stands between the chapters of the document that u1 reads."""
+HIDDEN_RIGHT_MIN = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,24 +19,27 @@ import openai
 import pytest
 
 from tests.system.bad_input import BAD
-from tests.system.facts import FACTS, FACTS_FILE, MODEL, RIGHT_MIN, Said, Talk, right, shown
+from tests.system.collector import Received
+from tests.system.facts import FACTS, HIDDEN, HIDDEN_RIGHT_MIN, MODEL, RIGHT_MIN, Said, Talk, right, shown
 from tests.system.server import run
 from tests.system.world import Backups, Crash, World, succeeded
 
 # Signals, not threads: a test that hangs must still end the processes that it has started.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900, method="signal")]
 
-TRACE = "0af7651916cd43dd8448eb211c80319c"
+CLIENT_SPAN = "b7ad6b7169203331"
 
-one_shard = pytest.mark.parametrize("world", [1], indirect=True)
+one_shard = pytest.mark.parametrize("world", [1], indirect=True, ids=["one-shard"])
 
 
 # -- before the crash ------------------------------------------------------------------------------------------
 
 
-def test_the_facts_are_those_of_the_example() -> None:
-    assert [fact.statement for fact in FACTS] == FACTS_FILE.read_text(encoding="utf-8").splitlines()
-    assert all(fact.known_in(fact.statement) and not fact.known_in(fact.question) for fact in FACTS)
+def test_the_example_asks_for_what_it_tells() -> None:
+    assert len(FACTS) == 20
+    for fact in FACTS + HIDDEN:
+        assert fact.known_in(fact.statement), fact
+        assert not fact.known_in(fact.question), fact
 
 
 def test_facts_are_told_in_chat(world: World, told: dict[str, list[Said]]) -> None:
@@ -84,10 +89,11 @@ def test_everything_acknowledged_is_there_again(crash: Crash, returned: dict[str
 
 
 def test_facts_come_back_in_new_conversations(world: World, asked: dict[str, list[Said]]) -> None:
-    found = right(FACTS, asked["u1"])
-    assert len(found) >= RIGHT_MIN, shown(FACTS, asked["u1"])
-    by_chance = right(FACTS, asked["u2"])
-    assert len(by_chance) <= 1, shown(FACTS, asked["u2"])
+    told, read = asked["u1"][: len(FACTS)], asked["u1"][len(FACTS) :]
+    assert len(right(FACTS, told)) >= RIGHT_MIN, shown(FACTS, told)
+    assert len(right(HIDDEN, read)) >= HIDDEN_RIGHT_MIN, shown(HIDDEN, read)
+    by_chance = right(FACTS + HIDDEN, asked["u2"])
+    assert len(by_chance) <= 1, shown(FACTS + HIDDEN, asked["u2"])
     others = [user for user in world.told if user != "u1"]
     counts = [len(right(world.told[user], asked[user])) for user in others]
     assert sum(counts) >= RIGHT_MIN * bool(others), [shown(world.told[user], asked[user]) for user in others]
@@ -148,30 +154,45 @@ def test_openai_clients_read_the_errors(world: World, asked: object) -> None:
 
 @one_shard
 def test_facts_are_known_after_bad_input(world: World, asked: dict[str, list[Said]]) -> None:
-    some = right(FACTS, asked["u1"])[:3]
+    some = right(FACTS, asked["u1"][: len(FACTS)])[:3]
     with Talk(world.server.url) as talk:
         answers = talk.ask({"u1": some})["u1"]
     assert len(right(some, answers)) >= 2, shown(some, answers)
 
 
+def traced(world: World, path: str, names: set[str], **request: Any) -> list[Received]:
+    """The spans of one request of u7, which comes with a trace of its client."""
+    trace = secrets.token_hex(16)
+    headers = {"traceparent": f"00-{trace}-{CLIENT_SPAN}-01"}
+    answer = httpx.post(f"{world.server.url}{path}", headers=headers, timeout=120, trust_env=False, **request)
+    assert answer.status_code == 200, answer.text
+    spans = world.collector.wait(trace, CLIENT_SPAN, names, timeout_s=30)
+    assert {span.name for span in spans} >= names
+    [first] = [span for span in spans if span.parent == CLIENT_SPAN]
+    assert first.instance == "door"
+    rest = [span for span in spans if span is not first]
+    assert {span.instance for span in rest} == {"shard-0"}
+    assert {span.parent for span in rest} <= {span.span for span in spans}, "a span stands apart"
+    return [first, *rest]
+
+
 @one_shard
 def test_one_trace_goes_from_http_to_the_journal(world: World, asked: object) -> None:
-    headers = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
     body = {"model": MODEL, "user": "u7", "messages": [{"role": "user", "content": "My car is a Volvo."}]}
-    url = f"{world.server.url}/v1/chat/completions"
-    answer = httpx.post(url, json=body, headers=headers, timeout=120, trust_env=False)
-    assert answer.status_code == 200, answer.text
-    wanted = {"chat", "shard chat", "search_memory", "update_memory", "journal"}
-    spans = world.collector.wait(TRACE, lambda found: wanted <= {span.name for span in found}, timeout_s=30)
-    assert {span.name for span in spans} >= wanted
-    by_name = {span.name: span for span in spans}
-    assert by_name["chat"].instance == "door"
-    assert by_name["chat"].parent == "b7ad6b7169203331", "the client's own span"
-    assert by_name["shard chat"].parent == by_name["chat"].span
-    assert {span.instance for span in spans if span.name != "chat"} == {"shard-0"}
-    ids = {span.span for span in spans}
-    assert all(span.parent in ids for span in spans if span.name != "chat")
+    names = {"chat", "shard chat", "search_memory", "update_memory", "journal"}
+    spans = traced(world, "/v1/chat/completions", names, json=body)
+    assert spans[0].name == "chat"
+    assert [span.name for span in spans if span.parent == spans[0].span] == ["shard chat"]
     assert not any("Volvo" in value for span in spans for value in span.attributes.values()), "no content"
+
+
+@one_shard
+def test_one_trace_goes_from_http_to_the_store(world: World, asked: object) -> None:
+    text = Path(world.document("first.txt")).read_bytes()[:24_000]
+    names = {"update_memory", "shard ingest", "journal", "store"}
+    spans = traced(world, "/v1/memories/u7/ingest", names, content=text)
+    assert spans[0].name == "update_memory"
+    assert {span.name for span in spans if span.parent == spans[0].span} == {"shard ingest"}
 
 
 @one_shard

@@ -15,10 +15,10 @@ from storage.memory import Memory
 from storage.titanmem import decode
 from tests.servers import S3Server
 from tests.system.collector import Collector
-from tests.system.facts import FACTS_FILE, Fact
+from tests.system.facts import EXAMPLES, HIDDEN, Fact
 from tests.system.server import Server, run
 
-BOOK = FACTS_FILE.parent / "decline-and-fall.txt.xz"
+BOOK = EXAMPLES / "decline-and-fall.txt.xz"
 PARTS = {"first.txt": slice(20_000, 80_000), "second.txt": slice(80_000, 300_000)}
 """Characters of the book. The second is more than one request of `titanmem ingest`, so that the crash finds some of
 it acknowledged and some not."""
@@ -33,6 +33,14 @@ def succeeded(*arguments: str) -> dict[str, Any]:
     ended = run(*arguments)
     assert ended.code == 0, ended.err
     return json.loads(ended.out)
+
+
+def interleaved(text: str) -> str:
+    """`text` with the hidden facts as paragraphs of their own, spread over its length."""
+    paragraphs = text.split("\n")
+    for n, fact in reversed(list(enumerate(HIDDEN))):
+        paragraphs.insert((2 * n + 1) * len(paragraphs) // (2 * len(HIDDEN)), f"\n{fact.statement}\n")
+    return "\n".join(paragraphs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +88,8 @@ class World:
         file, part = self.folder / name, PARTS[name]
         if not file.exists():
             with lzma.open(BOOK, "rt", encoding="utf-8") as book:
-                file.write_text(book.read(part.stop)[part], encoding="utf-8")
+                text = book.read(part.stop)[part]
+            file.write_text(interleaved(text) if name == "first.txt" else text, encoding="utf-8")
         return str(file)
 
     def ingest(self, file: str, *more: str) -> list[str]:
