@@ -79,7 +79,7 @@ class FakeKeeper:
             tokens=len(call.tokens),
             chunks=1,
             tokens_written=len(call.tokens),
-            memory_version=len(self.updates[call.key]),
+            memory_version=list(self.updates[call.key]).index(call.update_id) + 1,  # as it was the first time
             duplicate=duplicate,
         )
 
