@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import ops, reference
+from kernels import ops, sparse
 from titanmem.decoder import Decoder
 from titanmem.spec import MemorySpec
 
@@ -109,29 +109,31 @@ def fold(
     The new columns are computed beside the slab and put in place inside `exclusive()`.
     """
     updates, kept_total, largest = 0, 0, 0.0
+    slots = torch.full((len(written.position_N),), slot, dtype=torch.int64)
     chunk_N = written.position_N // spec.chunk_size
     for chunk in chunk_N.unique().tolist():
         for group in (chunk_N == chunk).nonzero()[:, 0].split(spec.tokens_per_update):
             columns, values = written.columns_NK[group], written.values_NK[group]
             target, weight = written.target_ND[group], written.weight_N[group]
-            surprise = reference.surprise(slab_SHD, slot, columns, values, target, weight)
+            surprise = sparse.surprise(slab_SHD, slots[group], columns, values, target, weight)
             largest = max(largest, float(surprise.max()))
             keep = surprise >= spec.surprise_threshold
             if not bool(keep.any()):
                 continue
             momentum = spec.momentum * momentum + (1 - spec.momentum) * float(surprise.max())
             momentum = float(np.float16(momentum))
-            touched_U, new_UD = ops.sparse_update(
+            rows_M, new_MD = ops.sparse_update(
                 slab_SHD,
-                slot,
+                slots[:1],
+                keep.sum()[None],
                 columns[keep],
                 values[keep],
                 target[keep],
                 weight[keep],
-                forget_share(momentum, spec),
+                torch.tensor([forget_share(momentum, spec)]),
             )
             with exclusive():
-                slab_SHD[slot, touched_U] = new_UD
+                ops.sparse_apply(slab_SHD, rows_M, new_MD)
             updates += 1
             kept_total += int(keep.sum())
     return Fold(

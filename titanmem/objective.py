@@ -1,7 +1,7 @@
 """What the memory is meta-trained for: one batch, its memory and its losses.
 
 The memory of a batch is built in closed form: with codes A of what is written, the token-by-token delta rule is one
-triangular solve over A A^T (`kernels.reference.delta_errors`), and a read is A_q A^T (w e). No state is carried from
+triangular solve over A A^T (`kernels.sparse.delta_errors`), and a read is A_q A^T (w e). No state is carried from
 batch to batch, so that features may change as fast as they like while nothing stored goes stale. What a read returns
 trains the decoder and the values; which key a query finds is trained by a contrastive loss.
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import delta_errors
+from kernels.sparse import delta_errors
 from titanmem.decoder import Decoder
 from titanmem.stream import EITHER, REPLY, STATEMENT, WRITTEN, Batch
 

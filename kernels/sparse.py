@@ -1,4 +1,4 @@
-"""Plain PyTorch twins of the memory kernels: the judge of every other implementation, and the CPU path.
+"""Plain PyTorch twins of the sparse kernels: K columns of a user's written layer, and the CPU path.
 
 Axes: N tokens (rows), K active units of a code, H code width, D value width, S slots of a slab.
 A slab holds the written layer W_3 of many users, transposed so that one code unit's column is contiguous:
@@ -48,33 +48,61 @@ def delta_errors(overlap_NN: Tensor, residual_ND: Tensor, weight_N: Tensor) -> T
     return torch.linalg.solve_triangular(system, residual_ND, upper=False, unitriangular=True)
 
 
+def touched_rows(slots_N: Tensor, columns_NK: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Rows of the slab, seen as [S * H, D], that these tokens select: `rows_M` int64 rising, each once, and
+    `positions_NK`, where in them each token's columns stand."""
+    rows_M, positions = (slots_N[:, None] * width + columns_NK).unique(return_inverse=True)
+    return rows_M, positions.view_as(columns_NK)
+
+
 def sparse_step(
-    written_UD: Tensor,
-    positions_NK: Tensor,
+    slab_SHD: Tensor,
+    slots_U: Tensor,
+    tokens_U: Tensor,
+    columns_NK: Tensor,
     values_NK: Tensor,
     target_ND: Tensor,
     weight_N: Tensor,
-    alpha: float,
-) -> Tensor:
-    """One masked update of the touched columns: W <- (1 - alpha) W + sum_i w_i e_i a_i^T (MEMORY, rule `sparse`).
+    alpha_U: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One masked update a user: W <- (1 - alpha) W + sum_i w_i e_i a_i^T on the touched columns (MEMORY, rule `sparse`).
 
-    `written_UD` float32 are the touched columns only, `positions_NK` index into them; columns that no token
-    selects are not here, hence neither changed nor forgotten. Returns the new columns, float32 [U, D].
+    Rows are the users' tokens one user after another, `tokens_U` each. Token i takes a delta step of size w_i on the
+    columns as tokens before it left them, e_i = v_i - W a_i, all in float32; forgetting comes on top of what stood
+    there at the start. Users are advanced together, one token of each at a time: no two rows of a step share a
+    column, so sums have one order whoever else is there.
+
+    Returns `rows_M` of the slab seen as [S * H, D], each once, and their new values float32 [M, D]. Columns that no token
+    selects are not among them, hence neither changed nor forgotten.
     """
-    code_NU = torch.zeros(len(values_NK), len(written_UD), dtype=torch.float32, device=written_UD.device)
-    code_NU.scatter_(1, positions_NK, values_NK)
-    residual_ND = target_ND - code_NU @ written_UD
-    error_ND = delta_errors(code_NU @ code_NU.T, residual_ND, weight_N)
-    return (1.0 - alpha) * written_UD + code_NU.T @ (weight_N[:, None] * error_ND)
+    width = slab_SHD.shape[1]
+    longest = int(tokens_U.max()) if len(tokens_U) else 0
+    user_N = torch.repeat_interleave(torch.arange(len(slots_U), device=slots_U.device), tokens_U)
+    if longest > 1:
+        rows_M, positions_NK = touched_rows(slots_U[user_N], columns_NK, width)
+    else:  # one token each: no column comes twice, so nothing is to be sorted
+        rows_M = (slots_U[user_N][:, None] * width + columns_NK).flatten()
+        positions_NK = torch.arange(len(rows_M), device=rows_M.device).view_as(columns_NK)
+    start_MD = slab_SHD.view(-1, slab_SHD.shape[2])[rows_M].float()
+    moved_MD = start_MD.clone()
+    first_U = tokens_U.cumsum(0) - tokens_U
+    for turn in range(longest):
+        row = (first_U + turn)[tokens_U > turn]
+        where, code = positions_NK[row], values_NK[row][:, :, None]
+        error = target_ND[row] - (moved_MD[where] * code).sum(1)
+        step = (weight_N[row][:, None] * error)[:, None, :] * code
+        moved_MD[where] = moved_MD[where] + step
+    alpha_M = torch.empty(len(rows_M), device=rows_M.device)
+    alpha_M[positions_NK.flatten()] = alpha_U[user_N].repeat_interleave(columns_NK.shape[1])
+    return rows_M, moved_MD - alpha_M[:, None] * start_MD
 
 
 def surprise(
-    slab_SHD: Tensor, slot: int, columns_NK: Tensor, values_NK: Tensor, target_ND: Tensor, weight_N: Tensor
+    slab_SHD: Tensor, slots_N: Tensor, columns_NK: Tensor, values_NK: Tensor, target_ND: Tensor, weight_N: Tensor
 ) -> Tensor:
     """Norm of each token's weighted gradient, s_i = w_i |e_i| |a_i| with |a_i| = 1 (MEMORY, step 1), float32 [N].
 
     Targets have unit norm, so s is 0 for what the memory already says and about w_i for what it has never heard.
     """
-    slots_N = torch.full((len(columns_NK),), slot, dtype=torch.int64, device=slab_SHD.device)
     residual_ND = target_ND - sparse_read(slab_SHD, slots_N, columns_NK, values_NK)
     return weight_N * residual_ND.square().sum(-1).sqrt()
