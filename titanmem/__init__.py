@@ -1,1 +1,7 @@
 """Floor 2: what a memory is, and the decoder that reads it; the public face of the library."""
+
+from titanmem.memory import NeuralMemory
+from titanmem.spec import MemorySpec
+from titanmem.state import MemoryState, UpdateReport
+
+__all__ = ["MemorySpec", "MemoryState", "NeuralMemory", "UpdateReport"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from titanmem.cache import Cache, window_mask
 from titanmem.decoder_config import DecoderConfig
-from titanmem.memory import SparseMemory, unit_rms
+from titanmem.token_memory import SparseMemory, unit_rms
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
