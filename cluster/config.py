@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 from actors.options import DURABILITIES
 from storage.names import BUCKETS, check_name
-from titanmem.spec import CHOICES, RANGES, MemorySpec
+from titanmem.decoder_config import SERVED, UNUSED
+from titanmem.spec import RANGES
 
 ENV_PREFIX = "TITANMEM_"
 SPEC_PREFIX = "spec_"
@@ -38,9 +39,9 @@ class Config:
     shards: int = 1
     """Shard actors, 1 to 1024: each the single writer of its users, and on a GPU of its own if there are."""
     mode: str = "mac"
-    """How memory meets attention, one of `titanmem.spec.CHOICES`."""
+    """How memory meets attention, one of `titanmem.decoder_config.SERVED`."""
     rule: str = "sparse"
-    """Update rule of the memory, one of `titanmem.spec.CHOICES`."""
+    """Update rule of the memory, one of `titanmem.decoder_config.SERVED`."""
     model: str | None = None
     """Folder with θ_F (`config.json`, weights, tokenizer); None is the small model that is shipped."""
     store: str = "file://./var/store"
@@ -91,7 +92,7 @@ class Config:
         for name, low, high in _RANGES:
             _check_range(name, getattr(self, name), low, high)
         _check_range("snapshot_interval_s", self.snapshot_interval_s or 60, 60, 31_536_000)
-        for name, allowed in (*CHOICES.items(), ("durability", DURABILITIES)):
+        for name, allowed in (*SERVED.items(), ("durability", DURABILITIES)):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
@@ -147,9 +148,6 @@ _FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 _INTEGERS = {name for name, f in _FIELDS.items() if f.type == "int"}
 _NUMBERS = {name for name, f in _FIELDS.items() if f.type == "float"}
 _TABLES = ("api_keys", "spec")
-_KNOBS = {f.name for f in dataclasses.fields(MemorySpec)}
-
-assert RANGES.keys() | CHOICES.keys() == _KNOBS, "a knob without a range could not be checked"
 
 
 def laptop(**overrides: Any) -> Config:
@@ -299,10 +297,10 @@ def _check_spec(spec: Mapping[str, object]) -> dict[str, object]:
     """Names and single ranges; how knobs go together is checked with the checkpoint's own, at its loading."""
     plain: dict[str, object] = {}
     for knob, value in spec.items():
-        if knob in CHOICES or knob not in _KNOBS:
-            known = ", ".join(sorted(_KNOBS - CHOICES.keys()))
+        if knob not in RANGES or knob in UNUSED:
+            known = ", ".join(sorted(RANGES.keys() - UNUSED))
             raise ValueError(
-                f"spec: {knob}: {f'set {knob} itself' if knob in CHOICES else f'the knobs are {known}'}"
+                f"spec: {knob}: {f'set {knob} itself' if knob in SERVED else f'the knobs are {known}'}"
             )
         number = _number_if_one(value) if isinstance(value, str) else value
         low, high = RANGES[knob]

@@ -69,6 +69,11 @@ def forward(weights: Sequence[Tensor], x_UCD: Tensor, form: Form) -> Forward:
     return Forward(output_UCD=hidden, inputs=inputs, before=before)
 
 
+def root(square: Tensor) -> Tensor:
+    """Square root with gradient 0 at 0: a token that is not there has norm 0, and no NaN may come back from it."""
+    return square.clamp_min(1e-30).sqrt()
+
+
 def silu_slope(z: Tensor) -> Tensor:
     """Derivative of silu."""
     gate = z.sigmoid()
@@ -93,7 +98,7 @@ def gradients(weights: Sequence[Tensor], done: Forward, value_UCD: Tensor, form:
         delta = torch.bmm(delta, weights[layer].to(delta.dtype)) * silu_slope(done.before[layer - 1])
         deltas.insert(0, delta)
     norms = [
-        (delta.square().sum(-1) * inputs.square().sum(-1)).sqrt()
+        root(delta.square().sum(-1) * inputs.square().sum(-1))
         for delta, inputs in zip(deltas, done.inputs, strict=True)
     ]
     return Gradients(deltas=deltas, inputs=done.inputs, norm_LUC=torch.stack(norms))

@@ -31,8 +31,19 @@ def sparse_read(slab_SHD: Tensor, slots_N: Tensor, columns_NK: Tensor, values_NK
 
     Returns `y_ND` float32. A row's result depends on no other row.
     """
-    columns_NKD = slab_SHD[slots_N[:, None], columns_NK].float()
-    return (columns_NKD * values_NK[:, :, None]).sum(1)
+    rows_NK = slots_N[:, None] * slab_SHD.shape[1] + columns_NK
+    return _weighted_sum(_gathered(slab_SHD, rows_NK), values_NK)
+
+
+def _gathered(slab_SHD: Tensor, rows_NK: Tensor) -> Tensor:
+    """Rows of the slab seen as [S * H, D], float32 [N, K, D]."""
+    flat = slab_SHD.view(-1, slab_SHD.shape[2])
+    return flat.index_select(0, rows_NK.flatten()).view(*rows_NK.shape, -1).float()
+
+
+def _weighted_sum(columns_NKD: Tensor, values_NK: Tensor) -> Tensor:
+    """A product a row: its bits do not depend on how many rows there are (tests/kernels/test_sparse.py)."""
+    return torch.bmm(values_NK[:, None], columns_NKD)[:, 0]
 
 
 def delta_errors(overlap_NN: Tensor, residual_ND: Tensor, weight_N: Tensor) -> Tensor:
@@ -65,15 +76,15 @@ def sparse_step(
     weight_N: Tensor,
     alpha_U: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One masked update a user: W <- (1 - alpha) W + sum_i w_i e_i a_i^T on the touched columns (MEMORY, rule `sparse`).
+    """One masked update a user on the touched columns, W <- (1 - alpha) W + sum_i w_i e_i a_i^T (rule `sparse`).
 
     Rows are the users' tokens one user after another, `tokens_U` each. Token i takes a delta step of size w_i on the
     columns as tokens before it left them, e_i = v_i - W a_i, all in float32; forgetting comes on top of what stood
     there at the start. Users are advanced together, one token of each at a time: no two rows of a step share a
     column, so sums have one order whoever else is there.
 
-    Returns `rows_M` of the slab seen as [S * H, D], each once, and their new values float32 [M, D]. Columns that no token
-    selects are not among them, hence neither changed nor forgotten.
+    Returns `rows_M` of the slab seen as [S * H, D], each once, and their new values float32 [M, D]. Columns that no
+    token selects are not among them, hence neither changed nor forgotten.
     """
     width = slab_SHD.shape[1]
     longest = int(tokens_U.max()) if len(tokens_U) else 0
@@ -83,22 +94,29 @@ def sparse_step(
     else:  # one token each: no column comes twice, so nothing is to be sorted
         rows_M = (slots_U[user_N][:, None] * width + columns_NK).flatten()
         positions_NK = torch.arange(len(rows_M), device=rows_M.device).view_as(columns_NK)
-    start_MD = slab_SHD.view(-1, slab_SHD.shape[2])[rows_M].float()
-    moved_MD = start_MD.clone()
+    start_MD = slab_SHD.view(-1, slab_SHD.shape[2]).index_select(0, rows_M).float()
+    moved_MD = start_MD
     first_U = tokens_U.cumsum(0) - tokens_U
     for turn in range(longest):
         row = (first_U + turn)[tokens_U > turn]
-        where, code = positions_NK[row], values_NK[row][:, :, None]
-        error = target_ND[row] - (moved_MD[where] * code).sum(1)
-        step = (weight_N[row][:, None] * error)[:, None, :] * code
-        moved_MD[where] = moved_MD[where] + step
+        where_R, codes_RK = positions_NK[row].flatten(), values_NK[row]
+        columns_RKD = moved_MD.index_select(0, where_R).view(*codes_RK.shape, -1)
+        error_RD = target_ND[row] - _weighted_sum(columns_RKD, codes_RK)
+        step_RD = weight_N[row][:, None] * error_RD
+        new_RKD = torch.baddbmm(columns_RKD, codes_RK[:, :, None], step_RD[:, None])
+        moved_MD = moved_MD.index_copy(0, where_R, new_RKD.flatten(0, 1))
     alpha_M = torch.empty(len(rows_M), device=rows_M.device)
     alpha_M[positions_NK.flatten()] = alpha_U[user_N].repeat_interleave(columns_NK.shape[1])
-    return rows_M, moved_MD - alpha_M[:, None] * start_MD
+    return rows_M, torch.addcmul(moved_MD, alpha_M[:, None], start_MD, value=-1)
 
 
 def surprise(
-    slab_SHD: Tensor, slots_N: Tensor, columns_NK: Tensor, values_NK: Tensor, target_ND: Tensor, weight_N: Tensor
+    slab_SHD: Tensor,
+    slots_N: Tensor,
+    columns_NK: Tensor,
+    values_NK: Tensor,
+    target_ND: Tensor,
+    weight_N: Tensor,
 ) -> Tensor:
     """Norm of each token's weighted gradient, s_i = w_i |e_i| |a_i| with |a_i| = 1 (MEMORY, step 1), float32 [N].
 

@@ -29,7 +29,9 @@ class SharedFeatures(nn.Module):
     def __init__(self, spec: MemorySpec) -> None:
         super().__init__()
         self.spec = spec
-        self.w1 = nn.Parameter(torch.empty(spec.d_nltm, spec.key_dim).normal_(std=1 / math.sqrt(spec.key_dim)))
+        self.w1 = nn.Parameter(
+            torch.empty(spec.d_nltm, spec.key_dim).normal_(std=1 / math.sqrt(spec.key_dim))
+        )
         self.register_buffer("w2_HF", F.normalize(torch.randn(spec.code_width, spec.d_nltm), dim=1))
         self.register_buffer("whitening_FF", torch.eye(spec.d_nltm))
         self.register_buffer("whitening_mean_F", torch.zeros(spec.d_nltm))
@@ -88,7 +90,11 @@ def write(
     spec, (users, tokens, width) = features.spec, key_UCD.shape
     columns, values = (x.view(users, tokens, -1) for x in features.code(key_UCD.reshape(-1, width)))
     surprise_UC, written_UC = torch.zeros(users, tokens), torch.zeros(users, tokens, dtype=torch.bool)
-    forget_U, updates_U, changed_U = torch.zeros(users), torch.zeros(users), torch.zeros(users, dtype=torch.int64)
+    forget_U, updates_U, changed_U = (
+        torch.zeros(users),
+        torch.zeros(users),
+        torch.zeros(users, dtype=torch.int64),
+    )
     slab_UHD, momentum_U = slab_UHD.clone(), momentum_U1[:, 0]
     # A gate this low can not reach the threshold: |v - M(k)| is at most about 2 (as in titanmem/fold.py).
     offered = valid_UC & (gate_UC >= spec.surprise_threshold / 2)

@@ -14,6 +14,15 @@ from titanmem.spec import MemorySpec
 MODEL_TYPE = "titanmem_llama"
 
 
+SERVED: dict[str, tuple[str, ...]] = {"rule": ("sparse",), "mode": ("mac",)}
+"""What this decoder, and with it the server, has of the library's rules and modes."""
+
+UNUSED = frozenset(
+    ("width", "expansion", "persistent_tokens", "lr", "weight_decay", "huber_delta", "lp_power", "lq_power")
+)
+"""Numeric knobs of `MemorySpec` that mean nothing to it: setting one would be ignored, so it is refused."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig:
     """A Llama-family decoder with query-key norm (the Qwen3 layout) and a memory between its lower and upper layers."""
@@ -49,6 +58,14 @@ class DecoderConfig:
             raise ValueError(
                 f"config.json: memory_layer = {self.memory_layer}: must be from 1 to {self.num_hidden_layers - 1}"
             )
+        for name, served in SERVED.items():
+            if getattr(self.memory, name) not in served:
+                raise ValueError(
+                    f"memory.{name} = {getattr(self.memory, name)!r}: the decoder serves {', '.join(served)}; "
+                    "the others are in the library (titanmem.attach)"
+                )
+        if self.memory.writes_all:
+            raise ValueError("memory.written_layers = 'all': the decoder serves last")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:

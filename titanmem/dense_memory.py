@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kernels import dense
+from kernels import dense, ops
 from kernels.dense import Coefficients, Form, Forward, Gradients
 from kernels.miras import RETENTIONS
 from titanmem.projections import Gates
@@ -38,6 +38,11 @@ class DenseMemory(nn.Module):
             nn.Parameter(torch.randn(rows, columns) / math.sqrt(columns))
             for rows, columns in spec.layer_shapes
         )
+        if spec.norm:
+            # Keys have norm 1 and silu halves what is small: with this the norm divides by about one, not by a
+            # small number that would make gradients, and rounding errors with them, as many times larger.
+            with torch.no_grad():
+                self.start[-1].mul_(math.sqrt(spec.d_nltm) * 2 ** (spec.depth - 1))
         self.register_buffer("surprise_scale_L", torch.ones(spec.depth))
         if spec.rule == "titans":
             self.gates = Gates(width, spec)
@@ -61,7 +66,10 @@ class DenseMemory(nn.Module):
         ]
 
     def read(self, weights: list[Tensor], query_UCD: Tensor) -> Tensor:
-        return dense.forward(self.effective(weights), query_UCD, self.form).output_UCD
+        W = self.effective(weights)
+        if _on_kernels(query_UCD):
+            return ops.dense_read(W, *_everyone(query_UCD), self.form)
+        return dense.forward(W, query_UCD, self.form).output_UCD
 
     def read_and_gradients(
         self, weights: list[Tensor], query_UCD: Tensor | None, key_UCD: Tensor, value_UCD: Tensor
@@ -71,6 +79,10 @@ class DenseMemory(nn.Module):
         Queries and keys meet the same weights, so they share one pass.
         """
         W = self.effective(weights)
+        if _on_kernels(key_UCD):
+            read = None if query_UCD is None else ops.dense_read(W, *_everyone(query_UCD), self.form)
+            slots_U, _, tokens_U = _everyone(key_UCD)
+            return read, W, ops.dense_surprise(W, slots_U, key_UCD, value_UCD, tokens_U, self.form)
         if query_UCD is None:
             return None, W, dense.surprise(W, key_UCD, value_UCD, self.form)
         tokens = query_UCD.shape[1]
@@ -88,7 +100,7 @@ class DenseMemory(nn.Module):
         The scale is the norm that the same model's unwritten memory shows on average text (`calibrate`), so 1 is
         `as surprising as to a memory that has learnt nothing`.
         """
-        return found.norm_LUC.square().sum(0).sqrt() / self.surprise_scale_L.square().sum().sqrt()
+        return dense.root(found.norm_LUC.square().sum(0)) / self.surprise_scale_L.norm()
 
     def write_titans(
         self,
@@ -110,7 +122,9 @@ class DenseMemory(nn.Module):
         for layer, (delta, inputs) in enumerate(factors):
             pair = weights[layer], momentum[layer]
             decayed = decay * W[layer] if decay else None
-            if torch.is_grad_enabled() or not all(x.dtype == delta.dtype for x in pair):
+            if _on_kernels(delta) and (decayed is None or self.spec.retention == "decay"):
+                ops.dense_step_(*pair, _everyone(delta)[0], delta, inputs, c, decay)
+            elif torch.is_grad_enabled() or not all(x.dtype == delta.dtype for x in pair):
                 pair = dense.step(*pair, delta, inputs, c, decayed)
             else:
                 dense.step_(*pair, delta, inputs, c, decayed)
@@ -184,11 +198,26 @@ class DenseMemory(nn.Module):
             moved = W_UOI.flatten(1).scatter(1, places_Uk, values_Uk.to(W_UOI.dtype)).view_as(W_UOI)
             return moved, places_Uk.shape[1]
         rows_Ur, columns_Uc = dense.selected_rows_columns(delta_UCO, input_UCI, weight_UC, ratio)
-        block = dense.masked_step(
-            W_UOI, delta_UCO, input_UCI, weight_UC, keep_U, decay_U, rows_Ur, columns_Uc
-        )
-        moved = dense.scatter_block(W_UOI, rows_Ur, columns_Uc, block)
+        arguments = (delta_UCO, input_UCI, weight_UC, keep_U, decay_U, rows_Ur, columns_Uc)
+        if _on_kernels(delta_UCO):
+            moved = W_UOI.clone()
+            ops.masked_step_(moved, _everyone(delta_UCO)[0], *arguments)
+        else:
+            block = dense.masked_step(W_UOI, *arguments)
+            moved = dense.scatter_block(W_UOI, rows_Ur, columns_Uc, block)
         return moved, rows_Ur.shape[1] * columns_Uc.shape[1]
+
+
+def _on_kernels(x: Tensor) -> bool:
+    """Whether the fused kernels take this: they have no gradient, so training stays with plain PyTorch."""
+    return ops.uses_triton(x) and not torch.is_grad_enabled()
+
+
+def _everyone(x_UCD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels' view of users who are all there with all their tokens: slots, x, counts of tokens."""
+    users, tokens, _ = x_UCD.shape
+    slots_U = torch.arange(users, device=x_UCD.device)
+    return slots_U, x_UCD.contiguous(), torch.full_like(slots_U, tokens)
 
 
 def surprise_momentum(momentum_UL: Tensor, norm_LUC: Tensor, valid_UC: Tensor, beta: float) -> Tensor:

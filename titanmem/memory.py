@@ -51,9 +51,7 @@ class NeuralMemory(nn.Module):
             raise ValueError("memory.width = 0: say how wide the hidden states are that the memory reads")
         self.spec = spec
         width, taps = spec.width, spec.conv
-        key_dim, value_dim = (
-            (spec.d_nltm, spec.d_nltm) if spec.writes_all else (spec.key_dim, spec.value_dim)
-        )
+        key_dim, value_dim = (spec.d_nltm, spec.d_nltm) if spec.writes_all else (spec.key_dim, spec.value_dim)
         self.query = Projection(width, key_dim, taps, normalised=True)
         self.key = Projection(width, key_dim, taps, normalised=True)
         self.value = Projection(width, value_dim, taps, normalised=not spec.writes_all)
@@ -147,6 +145,7 @@ class NeuralMemory(nn.Module):
     def _walk(
         self, state: MemoryState, x: Tensor, valid: Tensor | None, *, reads: bool
     ) -> tuple[Tensor, UpdateReport]:
+        self._check(state, x, valid)
         users, tokens = x.shape[:2]
         finite = finite_users(x) & state.finite()
         if not bool(finite.all()):
@@ -164,7 +163,9 @@ class NeuralMemory(nn.Module):
             if reads and read:
                 y = _fitted(self.out(torch.cat(read, 1)), tokens)
                 out = y if len(group) == users else out.index_put((group,), y)
-            surprise = surprise.index_put((group,), _fitted(torch.cat([c.surprise_UC for c in chunks], 1), tokens))
+            surprise = surprise.index_put(
+                (group,), _fitted(torch.cat([c.surprise_UC for c in chunks], 1), tokens)
+            )
             written[group] = _fitted(torch.cat([c.written_UC for c in chunks], 1), tokens) & good[:, None]
             forget[group] = torch.stack([c.forget_U for c in chunks]).mean(0).detach().float() * good
             changed[group] = torch.stack([c.changed_U for c in chunks]).sum(0) * good
@@ -181,7 +182,9 @@ class NeuralMemory(nn.Module):
         """Every chunk of a call in order; the state after the last."""
         read, chunks = [], []
         weights, momentum, updates = part.weights, part.momentum, part.updates_U
-        if not torch.is_grad_enabled():  # a copy that chunks may change in place; a refused call keeps the old one
+        if (
+            not torch.is_grad_enabled()
+        ):  # a copy that chunks may change in place; a refused call keeps the old one
             weights, momentum = [x.clone() for x in weights], [x.clone() for x in momentum]
         for start in range(0, call.hidden.shape[1], self.spec.chunk_size):
             cut = slice(start, start + self.spec.chunk_size)
@@ -230,12 +233,7 @@ class NeuralMemory(nn.Module):
         self, state: MemoryState, x: Tensor, valid: Tensor | None
     ) -> Iterator[tuple[Tensor, _Call, MemoryState]]:
         """Groups of users whose tokens fill the same length: who they are (int64), their tokens, their state."""
-        if x.dim() != 3 or x.shape[2] != self.spec.width or len(x) != state.users:
-            raise ValueError(
-                f"x {tuple(x.shape)}: must be [{state.users} users, tokens, {self.spec.width} width]"
-            )
-        if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != torch.bool):
-            raise ValueError(f"valid {tuple(valid.shape)} {valid.dtype}: must be bool {tuple(x.shape[:2])}")
+        self._check(state, x, valid)
         if not x.shape[1]:
             return
         if valid is None:
@@ -248,6 +246,14 @@ class NeuralMemory(nn.Module):
             users = (length_U == length).nonzero()[:, 0]
             part = state if len(users) == len(x) else state.of(users)
             yield users, self._call(part, _fitted(x[users], length), _fitted(valid[users], length)), part
+
+    def _check(self, state: MemoryState, x: Tensor, valid: Tensor | None) -> None:
+        if x.dim() != 3 or x.shape[2] != self.spec.width or len(x) != state.users:
+            raise ValueError(
+                f"x {tuple(x.shape)}: must be [{state.users} users, tokens, {self.spec.width} width]"
+            )
+        if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != torch.bool):
+            raise ValueError(f"valid {tuple(valid.shape)} {valid.dtype}: must be bool {tuple(x.shape[:2])}")
 
     def _call(self, part: MemoryState, x: Tensor, valid: Tensor | None) -> _Call:
         length = int(_padded_length(torch.tensor([x.shape[1]])))

@@ -47,10 +47,22 @@ CHOICES: dict[str, tuple[str, ...]] = {
 FLAGS = ("residual", "norm")
 
 UNSTABLE: dict[tuple[str, str], str] = {
-    ("dot", "decay"): "the gradient of -<M(k), v> never vanishes, so without `norm` the weights grow with every token",
-    ("dot", "lq"): "the gradient of -<M(k), v> never vanishes: the accumulator grows and W = A / |A|^(q-2) fades to 0",
-    ("dot", "kl"): "the gradient of -<M(k), v> never vanishes, so every row of softmax weights collapses on one element",
-    ("lp", "decay"): "the gradient grows like |e|^(p-1), so one large error overshoots into a larger one; take `norm` or `lq`",
+    (
+        "dot",
+        "decay",
+    ): "the gradient of -<M(k), v> never vanishes, so without `norm` the weights grow with every token",
+    (
+        "dot",
+        "lq",
+    ): "the gradient of -<M(k), v> never vanishes: the accumulator grows and W = A / |A|^(q-2) fades to 0",
+    (
+        "dot",
+        "kl",
+    ): "the gradient of -<M(k), v> never vanishes, so every row of softmax weights collapses on one element",
+    (
+        "lp",
+        "decay",
+    ): "the gradient grows like |e|^(p-1), so one large error overshoots into a larger one; take `norm` or `lq`",
 }
 """Pairs of `bias` and `retention` that are refused, with the reason (tests/titanmem/test_miras.py shows each)."""
 
@@ -141,7 +153,9 @@ class MemorySpec:
                 raise ValueError(f"memory.{name} = {value!r}: must be a number from {low} to {high}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"memory.{name} = {getattr(self, name)!r}: must be one of {', '.join(choices)}")
+                raise ValueError(
+                    f"memory.{name} = {getattr(self, name)!r}: must be one of {', '.join(choices)}"
+                )
         for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"memory.{name} = {getattr(self, name)!r}: must be true or false")
@@ -153,7 +167,9 @@ class MemorySpec:
                 "for a token must reach the memory before it leaves the window"
             )
         if reason := UNSTABLE.get((self.bias, self.retention)):
-            raise ValueError(f"memory.bias = {self.bias!r} with retention = {self.retention!r}: refused, {reason}")
+            raise ValueError(
+                f"memory.bias = {self.bias!r} with retention = {self.retention!r}: refused, {reason}"
+            )
         self._check_rule()
         if not self.writes_all:
             self._check_codes()

@@ -8,12 +8,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.commands.serve import Mode
-from cluster.commands.terminal import JsonOption, byte_count, emit, note, progress_bar, show_table
+from cluster.commands.terminal import (
+    CommandFailed,
+    JsonOption,
+    byte_count,
+    emit,
+    note,
+    progress_bar,
+    show_table,
+)
 
-app = typer.Typer(help="Measurements: recall over long texts.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Measurements: recall over long texts, and the memory alone.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 LENGTHS = "65536,262144,1048576,2097152"
 LENGTH_MAX = 1 << 28
@@ -23,7 +35,7 @@ Z_95 = 1.959963984540054
 
 @app.callback()
 def bench() -> None:
-    """Measurements: recall over long texts."""
+    """Measurements: recall over long texts, and the memory alone."""
 
 
 class Rule(StrEnum):
@@ -84,13 +96,7 @@ def needle(
         model=model,
         memory=memory.value,
     )
-    bar = progress_bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    with bar:
+    with _progress() as bar:
         task = bar.add_task("needles", total=1.0)
 
         def report(what: str, share: float) -> None:
@@ -101,6 +107,63 @@ def needle(
         emit(result)
     else:
         show_needles(result)
+
+
+@app.command(epilog="Example: titanmem bench memory --json")
+def memory(
+    threads: Annotated[int, typer.Option("--threads", min=1, max=256, help="Threads of both sides.")] = 1,
+    users: Annotated[
+        int, typer.Option("--users", min=1, max=65536, help="Most users of the sparse and the dense path.")
+    ] = 1024,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=64, max=1 << 20, help="Tokens that are stored and read.")
+    ] = 4096,
+    peer: Annotated[
+        bool, typer.Option("--peer/--no-peer", help="Run titans-pytorch beside ours (extra `bench`).")
+    ] = True,
+    json: JsonOption = False,
+) -> None:
+    """The memory alone: right first, then against titans-pytorch, a loop over users, and its dense twin."""
+    note("loading …")
+    from importlib.util import find_spec
+
+    from cluster.memory_bench import PEER, MemoryBenchOptions, run_memory_bench
+
+    if peer and find_spec("titans_pytorch") is None:
+        raise CommandFailed(f"{PEER} is not installed: pip install 'titanmem[bench]', or say --no-peer")
+    options = MemoryBenchOptions(threads=threads, users=users, tokens=tokens, peer=peer)
+    with _progress() as bar:
+        task = bar.add_task("memory", total=1.0)
+        result = run_memory_bench(
+            options, lambda what, share: bar.update(task, completed=share, description=what)
+        )
+    if json:
+        emit(result)
+    elif result["correct"]:
+        show_memory(result)
+    if not result["correct"]:
+        raise CommandFailed("the memory is not right, so nothing was timed: " + "; ".join(result["mistakes"]))
+
+
+def show_memory(result: dict[str, Any]) -> None:
+    """The ratios, speeds and sizes of one run."""
+    ratios = [(name, "not measured" if x is None else f"{x:,.1f} x") for name, x in result["ratios"].items()]
+    show_table(("ours over", "ratio"), ratios, title=f"memory: {result['hardware']}, {result['date']}")
+    speeds = [(name, f"{x:,.0f}") for name, x in result["tokens_per_s"].items()]
+    show_table(("path", "tokens/s"), speeds)
+    sizes = [
+        (f"state after {int(tokens):,} tokens", byte_count(x)) for tokens, x in result["state_bytes"].items()
+    ]
+    show_table(("what", "value"), [("write lock, p99", f"{result['lock_p99_ms']:.3f} ms"), *sizes])
+
+
+def _progress() -> Progress:
+    return progress_bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
 
 
 def show_needles(result: dict[str, Any]) -> None:

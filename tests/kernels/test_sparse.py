@@ -82,7 +82,14 @@ def test_one_full_write_is_recalled():
     ops.sparse_apply(slab, *update(slab, 0, columns, values, target, torch.ones(4), 0.0))
     got = ops.sparse_read(slab, torch.zeros(4, dtype=torch.int64), columns, values)
     assert float((got[-1] - target[-1]).norm()) < 1e-2
-    assert float(sparse.surprise(slab, torch.zeros(4, dtype=torch.int64), columns, values, target, torch.ones(4))[-1]) < 1e-2
+    assert (
+        float(
+            sparse.surprise(slab, torch.zeros(4, dtype=torch.int64), columns, values, target, torch.ones(4))[
+                -1
+            ]
+        )
+        < 1e-2
+    )
 
 
 def test_a_code_has_unit_norm_and_rising_columns():
@@ -111,7 +118,7 @@ def test_what_does_not_fit_is_refused():
     columns, values = codes(generator, 3, 64, 4)
     with pytest.raises(IndexError, match="slot outside the slab of 2"):
         ops.sparse_read(slab, torch.tensor([0, 1, 2]), columns, values)
-    with pytest.raises(IndexError, match="code unit 64 outside"):
+    with pytest.raises(IndexError, match="code units from 64 to 64: outside a code of 64"):
         ops.sparse_read(slab, torch.zeros(3, dtype=torch.int64), columns.clamp_min(64), values)
     with pytest.raises(ValueError, match="slots"):
         ops.sparse_read(slab, torch.zeros(2, dtype=torch.int64), columns, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,3 +140,16 @@ def test_grouped_heads_are_configured_right():
     with pytest.raises(ValueError, match="num_key_value_heads = 3"):
         DecoderConfig(num_attention_heads=4, num_key_value_heads=3)
     assert tiny_config().num_key_value_heads == 1
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"mode": "mag"}, "memory.mode = 'mag': the decoder serves mac"),
+        ({"rule": "titans"}, "memory.rule = 'titans': the decoder serves sparse"),
+        ({"written_layers": "all"}, "the decoder serves last"),
+    ],
+)
+def test_what_the_decoder_does_not_serve_is_refused(knobs, said):
+    with pytest.raises(ValueError, match=said):
+        replace(tiny_config(), memory=tiny_config().memory.overridden(knobs))

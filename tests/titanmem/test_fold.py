@@ -112,7 +112,7 @@ def test_forgetting_grows_with_surprise():
 
 @pytest.mark.parametrize(
     ("name", "value", "said"),
-    [("surprise_threshold", 0.6, "from 0.05 to 0.5"), ("chunk_size", 512, "at most window"), ("mode", "mag", "mac"),
+    [("surprise_threshold", 0.6, "from 0.05 to 0.5"), ("chunk_size", 512, "at most window"),
      ("code_active", 256, "top_k_ratio"), ("momentum", "0.9", "must be a number"), ("speed", 3, "unknown")],
 )  # fmt: skip
 def test_a_wrong_knob_is_named(name, value, said):

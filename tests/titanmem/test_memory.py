@@ -82,9 +82,7 @@ def test_titans_with_every_bias_and_retention(bias, retention, gates):
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("rule", ["titans", "sparse"])
 def test_every_depth_at_odd_lengths(rule, depth, tokens):
-    # The norm divides by a small answer: it makes gradients, and rounding errors with them, some ten times larger.
-    knobs = {"norm": True, "lr": 0.0005} if depth == 3 else {"residual": depth == 2}
-    memory = memory_of(rule=rule, written_layers="all", depth=depth, **knobs)
+    memory = memory_of(rule=rule, written_layers="all", depth=depth, residual=depth == 2, norm=depth == 3)
     against_oracle(memory, text(3, tokens, 24), judged=2)
 
 
@@ -111,7 +109,9 @@ def test_sparse_with_every_selection(bias, selection):
     against_oracle(memory, text(3, 100, 24), judged=2)
 
 
-@pytest.mark.parametrize(("width", "d_nltm", "tokens", "users"), [(60, 60, 100, 3), (64, 64, 63, 64), (256, 256, 64, 1)])
+@pytest.mark.parametrize(
+    ("width", "d_nltm", "tokens", "users"), [(60, 60, 100, 3), (64, 64, 63, 64), (256, 256, 64, 1)]
+)
 @pytest.mark.parametrize("rule", ["titans", "sparse"])
 def test_widths_and_users(rule, width, d_nltm, tokens, users):
     memory = memory_of(rule=rule, written_layers="all", width=width, d_nltm=d_nltm)
