@@ -11,7 +11,7 @@ Axes: U users, C tokens of a chunk, I and O a layer's input and output width, L 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +168,26 @@ def coefficients(eta_UC: Tensor, theta_UC: Tensor, alpha_UC: Tensor, valid_UC: T
         write_UC=theta * p,
         push_UC=theta * eta_after,
     )
+
+
+def step_ratio(weight_UC: Tensor, input_UCI: Tensor) -> Tensor:
+    """By how much the steps of a chunk are too long together: max(1, 2 a_t . Σ_j w_j a_j), [U, C].
+
+    A chunk's gradients are all taken at its start, so tokens with like inputs push the same way and together
+    overshoot: a linear layer under |e|^2 diverges once the largest eigenvalue of Σ_j 2 w_j a_j a_j^T passes 2, and
+    that sum is what the largest row of it says (Gershgorin). A chunk whose steps are small keeps them to the bit.
+    """
+    # Sums, not products with one row: the BLAS has a routine of its own for these, whose bits depend on the batch.
+    together_UI = (weight_UC[..., None] * input_UCI).sum(1)
+    return (input_UCI * together_UI[:, None]).sum(-1).mul(2).clamp_min(1.0)
+
+
+def bounded(c: Coefficients, input_UCI: Tensor) -> Coefficients:
+    """The same coefficients with each token's step divided by its `step_ratio`."""
+    ratio_UC = step_ratio(c.write_UC, input_UCI)
+    write_UC = c.write_UC / ratio_UC
+    push_UC = write_UC if c.push_UC is c.write_UC else c.push_UC / ratio_UC
+    return replace(c, write_UC=write_UC, push_UC=push_UC)
 
 
 def pooled_coefficients(eta_U: Tensor, theta_UC: Tensor, alpha_U: Tensor, valid_UC: Tensor) -> Coefficients:

@@ -115,11 +115,11 @@ class DenseMemory(nn.Module):
 
         Without a gradient to keep, float32 `weights` and `momentum` are changed in place.
         """
-        c = self._coefficients(gates, valid_UC)
+        whole = self._coefficients(gates, valid_UC)
         decay = self.spec.weight_decay
-        factors = zip(found.deltas, found.inputs, strict=True)
         steps = []
-        for layer, (delta, inputs) in enumerate(factors):
+        for layer, (delta, inputs) in enumerate(zip(found.deltas, found.inputs, strict=True)):
+            c = dense.bounded(whole, inputs) if self.spec.bounded else whole
             pair = weights[layer], momentum[layer]
             decayed = decay * W[layer] if decay else None
             if _on_kernels(delta) and (decayed is None or self.spec.retention == "decay"):
@@ -134,7 +134,7 @@ class DenseMemory(nn.Module):
             momentum=[new for _, new in steps],
             surprise_UC=self.surprise(found),
             written_UC=valid_UC,
-            forget_U=1 - c.keep_U,
+            forget_U=1 - whole.keep_U,
             changed_U=valid_UC.any(1) * self.spec.parameters,
         )
 
@@ -160,14 +160,16 @@ class DenseMemory(nn.Module):
         alpha_UL = torch.sigmoid(spec.forget_slope * momentum_UL - spec.forget_bias) * some_U[:, None]
         new, changed = [], 0
         for layer, W_UOI in enumerate(weights):
-            size = self.log_lr_L[layer].exp()
+            weight_UC = self.log_lr_L[layer].exp() * written_UC
+            if spec.bounded:
+                weight_UC = weight_UC / dense.step_ratio(weight_UC, found.inputs[layer])
             arguments = (
                 W_UOI,
                 found.deltas[layer],
                 found.inputs[layer],
-                size * written_UC,
+                weight_UC,
                 1 - alpha_UL[:, layer],
-                size * spec.weight_decay * written_UC.sum(1),
+                spec.weight_decay * weight_UC.sum(1),
             )
             moved, count = self._selected(*arguments)
             new.append(torch.where(some_U[:, None, None], moved, W_UOI))

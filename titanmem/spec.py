@@ -44,7 +44,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """What each word-valued knob may say."""
 
-FLAGS = ("residual", "norm")
+FLAGS = ("residual", "norm", "bounded")
 
 UNSTABLE: dict[tuple[str, str], str] = {
     (
@@ -129,6 +129,9 @@ class MemorySpec:
     """λ of α_t = σ(λ S_t - γ), the share that is forgotten of the elements an update rewrites (`sparse`)."""
     forget_bias: float = 4.0
     """γ of the same, and minus the start bias of the forget gate of `titans`. See docs/log.md on the notes' 0.2."""
+    bounded: bool = True
+    """Steps are shortened where tokens of one chunk push the same way and would overshoot together (`all`); False is
+    the papers to the letter, which diverges on long chunks of real text (docs/library.md has the figures)."""
     weight_decay: float = 0.0
     """β_w: L2 on θ_M inside the gradient (`all`)."""
     bias: str = "l2"
@@ -144,7 +147,8 @@ class MemorySpec:
     max_norm: float = 256.0
     """|θ_M| at which the utilisation that metrics and the guard watch is 1."""
     reservoir: int = 4096
-    """Written entries that are kept for consolidation and for the guard's probes (`last`)."""
+    """Written entries that are kept for consolidation and for the guard's probes, 0 = none (`last`). One costs a user
+    6 bytes for each active unit of its code and 6 more, whether it is there yet or not."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
@@ -224,6 +228,12 @@ class MemorySpec:
         if self.writes_all:
             return sum(rows * columns for rows, columns in self.layer_shapes)
         return self.code_width * self.value_dim
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one user's state: θ_M in float16, and with `last` the reservoir when it is full."""
+        entry = 6 * self.code_active + 6
+        return 2 * self.parameters + (0 if self.writes_all else self.reservoir * entry)
 
     @property
     def tokens_per_update(self) -> int:

@@ -99,16 +99,21 @@ class Judge:
             out += [self.answer(at_start, q[t]) for t in chunk]
             gradients = [self.gradient(at_start, k[t], v[t]) for t in chunk]
             if spec.rule == "titans":
-                self.titans(x_TE[chunk.start : chunk.stop].to(WIDE), gradients, at_start)
+                part = slice(chunk.start, chunk.stop)
+                self.titans(x_TE[part].to(WIDE), k[part], gradients, at_start)
             else:
-                self.sparse(gradients)
+                self.sparse(k[chunk.start : chunk.stop], gradients, at_start)
         y = torch.stack(out).detach()
         return y @ self.p["out.weight"].T if "out.weight" in self.p else y
 
-    def titans(self, x_CE: Tensor, gradients: list[list[Tensor]], at_start: list[Tensor]) -> None:
+    def titans(
+        self, x_CE: Tensor, k_CD: Tensor, gradients: list[list[Tensor]], at_start: list[Tensor]
+    ) -> None:
         """S_t = η S - θ ∇l, M_t = (1 - α) M + S_t (eq. 9, 10, 13), token by token, or pooled a chunk."""
         spec = self.spec
-        gates = torch.sigmoid(x_CE @ self.p["dense.gates.linear.weight"].T + self.p["dense.gates.linear.bias"])
+        gates = torch.sigmoid(
+            x_CE @ self.p["dense.gates.linear.weight"].T + self.p["dense.gates.linear.bias"]
+        )
         self.surprise += [
             float(sum(g.square().sum() for g in gradient) ** 0.5 / self.scale().norm())
             for gradient in gradients
@@ -117,21 +122,45 @@ class Judge:
         for layer in range(spec.depth):
             S, M = self.momentum[layer], self.weights[layer]
             l2 = spec.weight_decay * at_start[layer]
+            ratios = self.step_ratios(gates, k_CD, at_start, layer)
             if spec.gates == "token":
-                for (eta, theta, alpha), gradient in zip(gates, gradients, strict=True):
-                    S = eta * S - theta * (gradient[layer] + l2)
+                for (eta, theta, alpha), gradient, r in zip(gates, gradients, ratios, strict=True):
+                    S = eta * S - theta / r * (gradient[layer] + l2)
                     M = (1 - alpha) * M + S
             else:
                 eta, _, alpha = gates.mean(0)
-                whole = sum(theta * (g[layer] + l2) for (_, theta, _), g in zip(gates, gradients, strict=True))
-                S = eta * S - whole
+                S = eta * S
+                for (_, theta, _), gradient, r in zip(gates, gradients, ratios, strict=True):
+                    S = S - theta / r * (gradient[layer] + l2)
                 M = (1 - alpha) * M + S
             self.momentum[layer], self.weights[layer] = S, M
+
+    def step_ratios(self, gates: Tensor, k_CD: Tensor, at_start: list[Tensor], layer: int) -> list[float]:
+        """How much each token's step is shortened: max(1, 2 a_t . Σ_j c_j a_j), where c_j is how much of token j's
+        gradient the chunk's end holds."""
+        held = []
+        for j in range(len(gates)):
+            S, M = 0.0, 0.0
+            for t, (eta, theta, alpha) in enumerate(gates.tolist()):
+                S = eta * S + (theta if t == j else 0.0)
+                M = (1 - alpha) * M + S
+            held.append(M if self.spec.gates == "token" else float(gates[j, 1]))
+        return self.ratios(held, k_CD, at_start, layer)
+
+    def ratios(self, held: list[float], k_CD: Tensor, at_start: list[Tensor], layer: int) -> list[float]:
+        if not self.spec.bounded:
+            return [1.0] * len(held)
+        inputs = k_CD
+        for W in at_start[:layer]:
+            z = inputs @ W.T
+            inputs = z * torch.sigmoid(z)
+        together = (torch.tensor(held, dtype=WIDE)[:, None] * inputs).sum(0)
+        return [max(1.0, float(2 * a @ together)) for a in inputs]
 
     def scale(self) -> Tensor:
         return self.p["dense.surprise_scale_L"]
 
-    def sparse(self, gradients: list[list[Tensor]]) -> None:
+    def sparse(self, k_CD: Tensor, gradients: list[list[Tensor]], at_start: list[Tensor]) -> None:
         """Surprise, momentum, threshold, selection, masked decay (docs/memory.md, rule `sparse`)."""
         spec, scale = self.spec, self.scale()
         surprise = [
@@ -148,8 +177,11 @@ class Judge:
             if not any(written):
                 continue
             alpha = float(torch.sigmoid(torch.tensor(spec.forget_slope * S - spec.forget_bias, dtype=WIDE)))
-            chosen = [g[layer] for g, keep in zip(gradients, written, strict=True) if keep]
             lr = float(self.p["dense.log_lr_L"][layer].exp())
+            steps = [lr * keep for keep in written]
+            ratios = self.ratios(steps, k_CD, at_start, layer)
+            steps = [step / ratio for step, ratio in zip(steps, ratios, strict=True)]
+            chosen = [step * g[layer] for g, step in zip(gradients, steps, strict=True)]
             W = self.weights[layer]
             whole = torch.stack(chosen).sum(0)
             if spec.selection == "elements":
@@ -163,5 +195,5 @@ class Judge:
                 columns = energy.sum(0).topk(max(1, int(spec.top_k_ratio**0.5 * W.shape[1]))).indices
                 mask = torch.zeros(W.shape, dtype=torch.bool)
                 mask[rows[:, None], columns] = True
-            step = lr * (whole + len(chosen) * spec.weight_decay * W)
+            step = whole + sum(steps) * spec.weight_decay * W
             self.weights[layer] = torch.where(mask, (1 - alpha) * W - step, W)

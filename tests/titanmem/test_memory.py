@@ -96,6 +96,9 @@ def test_every_depth_at_odd_lengths(rule, depth, tokens):
         {"conv": 1},
         {"d_nltm": 24},
         {"momentum": 0.0},
+        {"bounded": False},
+        {"lr": 0.2},
+        {"lr": 0.2, "gates": "chunk"},
     ],
 )
 def test_every_knob(rule, knobs):

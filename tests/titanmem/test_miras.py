@@ -67,7 +67,7 @@ def test_an_unstable_pair_is_refused_and_the_reason_is_true(bias, retention, mon
         torch.manual_seed(0)
         spec = MemorySpec(
             width=16, d_nltm=16, depth=1, rule="titans", bias=bias, retention=retention, chunk_size=16,
-            conv=1, lr=0.2, forget_bias=32.0, lp_power=4.0,
+            conv=1, lr=0.2, forget_bias=32.0, lp_power=4.0, bounded=False,
         )  # fmt: skip
         memory = NeuralMemory(spec)
         x, state = 3 * torch.randn(1, 64, 16), memory.new_state(1)

@@ -64,5 +64,5 @@ def test_the_shapes_that_a_spec_stands_for():
 def test_a_spec_survives_its_own_document():
     spec = MemorySpec(rule="titans", bias="huber", residual=True)
     assert MemorySpec().overridden(spec.to_dict()) == spec
-    with pytest.raises(ValueError, match=r"memory.speed: unknown; the knobs are bias, chunk_size"):
+    with pytest.raises(ValueError, match=r"memory.speed: unknown; the knobs are bias, bounded"):
         spec.overridden({"speed": 3})
