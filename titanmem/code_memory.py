@@ -69,7 +69,7 @@ def read(features: SharedFeatures, slab_UHD: Tensor, query_UCD: Tensor) -> Tenso
     """y = W_3 code(q) for every user's own tokens, [U, C, D]."""
     users, tokens, width = query_UCD.shape
     columns_NK, values_NK = features.code(query_UCD.reshape(-1, width))
-    slots_N = torch.arange(users).repeat_interleave(tokens)
+    slots_N = torch.arange(users, device=query_UCD.device).repeat_interleave(tokens)
     return ops.sparse_read(slab_UHD, slots_N, columns_NK, values_NK).view(users, tokens, -1)
 
 
@@ -89,12 +89,9 @@ def write(
     """
     spec, (users, tokens, width) = features.spec, key_UCD.shape
     columns, values = (x.view(users, tokens, -1) for x in features.code(key_UCD.reshape(-1, width)))
-    surprise_UC, written_UC = torch.zeros(users, tokens), torch.zeros(users, tokens, dtype=torch.bool)
-    forget_U, updates_U, changed_U = (
-        torch.zeros(users),
-        torch.zeros(users),
-        torch.zeros(users, dtype=torch.int64),
-    )
+    surprise_UC, written_UC = torch.zeros_like(gate_UC), torch.zeros_like(valid_UC)
+    forget_U, updates_U = torch.zeros_like(momentum_U1[:, 0]), torch.zeros_like(momentum_U1[:, 0])
+    changed_U = valid_UC.new_zeros(users, dtype=torch.int64)
     slab_UHD, momentum_U = slab_UHD.clone(), momentum_U1[:, 0]
     # A gate this low can not reach the threshold: |v - M(k)| is at most about 2 (as in titanmem/fold.py).
     offered = valid_UC & (gate_UC >= spec.surprise_threshold / 2)
@@ -111,7 +108,7 @@ def write(
         written_UC[kept_N, row[1][keep_N]] = True
         count_U = torch.bincount(kept_N, minlength=users)
         slots_U = count_U.nonzero()[:, 0]
-        largest_U = torch.zeros(users).scatter_reduce(0, kept_N, found_N[keep_N].detach(), "amax")
+        largest_U = torch.zeros_like(momentum_U).scatter_reduce(0, kept_N, found_N[keep_N].detach(), "amax")
         moved_U = spec.momentum * momentum_U + (1 - spec.momentum) * largest_U
         momentum_U = torch.where(count_U > 0, moved_U, momentum_U)
         alpha_U = torch.sigmoid(spec.forget_slope * momentum_U - spec.forget_bias)[slots_U]

@@ -154,7 +154,8 @@ class NeuralMemory(nn.Module):
         out = x.new_zeros(users, tokens if reads else 0, self.spec.width)
         surprise = torch.zeros(users, tokens, device=x.device)
         written = torch.zeros(users, tokens, dtype=torch.bool, device=x.device)
-        forget, changed = torch.zeros(users, device=x.device), torch.zeros(users, dtype=torch.int64)
+        forget = torch.zeros(users, device=x.device)
+        changed = torch.zeros(users, dtype=torch.int64, device=x.device)
         refused = ~finite
         for group, call, part in self._calls(state, x, valid):
             part, read, chunks = self._chunks(part, call, reads=reads)
@@ -256,7 +257,7 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"valid {tuple(valid.shape)} {valid.dtype}: must be bool {tuple(x.shape[:2])}")
 
     def _call(self, part: MemoryState, x: Tensor, valid: Tensor | None) -> _Call:
-        length = int(_padded_length(torch.tensor([x.shape[1]])))
+        length = int(_padded_length(torch.tensor(x.shape[1])))
         if valid is None:
             valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         else:

@@ -14,7 +14,11 @@ from torch import Tensor
 def finite_users(x: Tensor) -> Tensor:
     """Users whose part of x is finite, bool [U]: one sum shows any NaN or infinity at a tenth of the cost of asking
     each element. (Finite elements whose sum leaves float32 count as not finite: no memory comes near.)"""
-    return torch.isfinite(x.detach().flatten(1).sum(1, dtype=torch.float32)) if x.dim() > 1 else x == x
+    return (
+        torch.isfinite(x.detach().flatten(1).sum(1, dtype=torch.float32))
+        if x.dim() > 1
+        else torch.ones_like(x).bool()
+    )
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
