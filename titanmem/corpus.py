@@ -14,10 +14,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from titanmem.facts import Words
 
 SPECIAL_TOKENS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 MIN_COUNT = 4
 WORD = re.compile(r"[^\W\d_]+")
 

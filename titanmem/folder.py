@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from titanmem.corpus import CHAT_TEMPLATE
 from titanmem.decoder import Decoder
 from titanmem.decoder_config import DecoderConfig
 from titanmem.errors import ModelFolderError
+from titanmem.tokenizer import write_chat_files
 
 WEIGHTS = "model.safetensors"
 
@@ -36,20 +36,13 @@ def save_decoder(decoder: Decoder, folder: Path, tokenizer_json: str) -> None:
     tensors = {name: value.detach().half().contiguous() for name, value in decoder.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)  # the library makes it readable to its owner only
-    end = "<|end|>"
     documents = {
         "config.json": decoder.config.to_dict(),
         "generation_config.json": {"eos_token_id": 0, "temperature": 0.0, "do_sample": False},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": end,
-            "pad_token": end,
-            "clean_up_tokenization_spaces": False,
-        },
     }
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE + "\n", "utf-8")
+    write_chat_files(folder)
     (folder / "tokenizer.json").write_text(tokenizer_json, "utf-8")
 
 

@@ -196,7 +196,13 @@ class StreamDecoder:
 
 def write_chat_files(folder: Path) -> None:
     """Writes what belongs beside a `tokenizer.json` with our own roles: configuration and chat template."""
-    config = {"eos_token": END, "bos_token": None, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": END,
+        "pad_token": END,
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     (folder / "chat_template.jinja").write_text(DEFAULT_TEMPLATE, "utf-8")
 
