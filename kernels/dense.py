@@ -170,21 +170,28 @@ def coefficients(eta_UC: Tensor, theta_UC: Tensor, alpha_UC: Tensor, valid_UC: T
     )
 
 
-def step_ratio(weight_UC: Tensor, input_UCI: Tensor) -> Tensor:
-    """By how much the steps of a chunk are too long together: max(1, 2 a_t . Σ_j w_j a_j), [U, C].
+def step_ratio(weights: Sequence[Tensor], found: Gradients) -> Tensor:
+    """By how much the steps of a chunk are too long together, at least 1, [U, C]; `weights` [U, C] a layer.
 
-    A chunk's gradients are all taken at its start, so tokens with like inputs push the same way and together
-    overshoot: a linear layer under |e|^2 diverges once the largest eigenvalue of Σ_j 2 w_j a_j a_j^T passes 2, and
-    that sum is what the largest row of it says (Gershgorin). A chunk whose steps are small keeps them to the bit.
+    A chunk's gradients are all taken at its start, so tokens that push the same way overshoot together. Under |e|^2 the
+    answer to token t moves by -2 Σ_j K_tj w_j e_j, K_tj = Σ_l (a_t . a_j) J_l,t J_l,j^T over the layers l with
+    J = dy / dz, and diverges once the largest eigenvalue of 2 K w passes 2. Its largest row says how large it may be
+    (Gershgorin), with |J^T e|^2 / |e|^2 = |δ_l|^2 / |δ_L|^2 for J J^T: r_t = max(1, 2 Σ_l |δ_l|^2 / |δ_L|^2
+    a_t . Σ_j w_j a_j). A chunk whose steps are small together keeps them to the bit.
     """
-    # Sums, not products with one row: the BLAS has a routine of its own for these, whose bits depend on the batch.
-    together_UI = (weight_UC[..., None] * input_UCI).sum(1)
-    return (input_UCI * together_UI[:, None]).sum(-1).mul(2).clamp_min(1.0)
+    last_UC = found.deltas[-1].square().sum(-1).clamp_min(1e-30)
+    total_UC = torch.zeros_like(last_UC)
+    for weight_UC, delta_UCO, input_UCI in zip(weights, found.deltas, found.inputs, strict=True):
+        # Sums, not products with one row: the BLAS has its own routine for these, whose bits depend on the batch.
+        together_UI = (weight_UC[..., None] * input_UCI).sum(1)
+        alike_UC = (input_UCI * together_UI[:, None]).sum(-1)
+        total_UC = total_UC + delta_UCO.square().sum(-1) / last_UC * alike_UC
+    return total_UC.mul(2).clamp_min(1.0)
 
 
-def bounded(c: Coefficients, input_UCI: Tensor) -> Coefficients:
+def bounded(c: Coefficients, found: Gradients) -> Coefficients:
     """The same coefficients with each token's step divided by its `step_ratio`."""
-    ratio_UC = step_ratio(c.write_UC, input_UCI)
+    ratio_UC = step_ratio([c.write_UC] * len(found.deltas), found)
     write_UC = c.write_UC / ratio_UC
     push_UC = write_UC if c.push_UC is c.write_UC else c.push_UC / ratio_UC
     return replace(c, write_UC=write_UC, push_UC=push_UC)

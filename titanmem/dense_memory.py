@@ -115,11 +115,12 @@ class DenseMemory(nn.Module):
 
         Without a gradient to keep, float32 `weights` and `momentum` are changed in place.
         """
-        whole = self._coefficients(gates, valid_UC)
+        c = self._coefficients(gates, valid_UC)
+        if self.spec.bounded:
+            c = dense.bounded(c, found)
         decay = self.spec.weight_decay
         steps = []
         for layer, (delta, inputs) in enumerate(zip(found.deltas, found.inputs, strict=True)):
-            c = dense.bounded(whole, inputs) if self.spec.bounded else whole
             pair = weights[layer], momentum[layer]
             decayed = decay * W[layer] if decay else None
             if _on_kernels(delta) and (decayed is None or self.spec.retention == "decay"):
@@ -134,7 +135,7 @@ class DenseMemory(nn.Module):
             momentum=[new for _, new in steps],
             surprise_UC=self.surprise(found),
             written_UC=valid_UC,
-            forget_U=1 - whole.keep_U,
+            forget_U=1 - c.keep_U,
             changed_U=valid_UC.any(1) * self.spec.parameters,
         )
 
@@ -158,11 +159,13 @@ class DenseMemory(nn.Module):
             momentum_UL, found.norm_LUC / self.surprise_scale_L[:, None, None], valid_UC, spec.momentum
         )
         alpha_UL = torch.sigmoid(spec.forget_slope * momentum_UL - spec.forget_bias) * some_U[:, None]
+        weights_LUC = [size * written_UC for size in self.log_lr_L.exp()]
+        if spec.bounded:
+            ratio_UC = dense.step_ratio(weights_LUC, found)
+            weights_LUC = [weight_UC / ratio_UC for weight_UC in weights_LUC]
         new, changed = [], 0
         for layer, W_UOI in enumerate(weights):
-            weight_UC = self.log_lr_L[layer].exp() * written_UC
-            if spec.bounded:
-                weight_UC = weight_UC / dense.step_ratio(weight_UC, found.inputs[layer])
+            weight_UC = weights_LUC[layer]
             arguments = (
                 W_UOI,
                 found.deltas[layer],

@@ -119,10 +119,11 @@ class Judge:
             for gradient in gradients
         ]
         self.written += [True] * len(gradients)
+        held = [self.held(gates, j) for j in range(len(gates))]
+        ratios = self.ratios([held] * spec.depth, k_CD, gradients, at_start)
         for layer in range(spec.depth):
             S, M = self.momentum[layer], self.weights[layer]
             l2 = spec.weight_decay * at_start[layer]
-            ratios = self.step_ratios(gates, k_CD, at_start, layer)
             if spec.gates == "token":
                 for (eta, theta, alpha), gradient, r in zip(gates, gradients, ratios, strict=True):
                     S = eta * S - theta / r * (gradient[layer] + l2)
@@ -135,27 +136,39 @@ class Judge:
                 M = (1 - alpha) * M + S
             self.momentum[layer], self.weights[layer] = S, M
 
-    def step_ratios(self, gates: Tensor, k_CD: Tensor, at_start: list[Tensor], layer: int) -> list[float]:
-        """How much each token's step is shortened: max(1, 2 a_t . Σ_j c_j a_j), where c_j is how much of token j's
-        gradient the chunk's end holds."""
-        held = []
-        for j in range(len(gates)):
-            S, M = 0.0, 0.0
-            for t, (eta, theta, alpha) in enumerate(gates.tolist()):
-                S = eta * S + (theta if t == j else 0.0)
-                M = (1 - alpha) * M + S
-            held.append(M if self.spec.gates == "token" else float(gates[j, 1]))
-        return self.ratios(held, k_CD, at_start, layer)
+    def held(self, gates: Tensor, j: int) -> float:
+        """How much of token j's gradient the end of its chunk holds."""
+        if self.spec.gates == "chunk":
+            return float(gates[j, 1])
+        S, M = 0.0, 0.0
+        for t, (eta, theta, alpha) in enumerate(gates.tolist()):
+            S = eta * S + (theta if t == j else 0.0)
+            M = (1 - alpha) * M + S
+        return M
 
-    def ratios(self, held: list[float], k_CD: Tensor, at_start: list[Tensor], layer: int) -> list[float]:
+    def ratios(
+        self, held: list[list[float]], k_CD: Tensor, gradients: list[list[Tensor]], at_start: list[Tensor]
+    ) -> list[float]:
+        """How much each token's step is shortened (docs/library.md): max(1, 2 Σ_l |δ_l|^2 / |δ_L|^2 a_t . Σ c a)."""
         if not self.spec.bounded:
-            return [1.0] * len(held)
-        inputs = k_CD
-        for W in at_start[:layer]:
-            z = inputs @ W.T
-            inputs = z * torch.sigmoid(z)
-        together = (torch.tensor(held, dtype=WIDE)[:, None] * inputs).sum(0)
-        return [max(1.0, float(2 * a @ together)) for a in inputs]
+            return [1.0] * len(gradients)
+        inputs = [k_CD]
+        for W in at_start[:-1]:
+            z = inputs[-1] @ W.T
+            inputs.append(z * torch.sigmoid(z))
+        # A token's gradient is δ a^T, so |δ| is its norm over |a|.
+        deltas = [
+            [float(gradient[layer].norm() / inputs[layer][t].norm()) for layer in range(len(inputs))]
+            for t, gradient in enumerate(gradients)
+        ]
+        out = []
+        for t, delta in enumerate(deltas):
+            total = 0.0
+            for layer, a in enumerate(inputs):
+                together = (torch.tensor(held[layer], dtype=WIDE)[:, None] * a).sum(0)
+                total += (delta[layer] / max(delta[-1], 1e-15)) ** 2 * float(a[t] @ together)
+            out.append(max(1.0, 2 * total))
+        return out
 
     def scale(self) -> Tensor:
         return self.p["dense.surprise_scale_L"]
@@ -169,6 +182,8 @@ class Judge:
         written = [s >= spec.surprise_threshold for s in surprise]
         self.surprise += surprise
         self.written += written
+        held = [[float(lr) * keep for keep in written] for lr in self.p["dense.log_lr_L"].exp()]
+        ratios = self.ratios(held, k_CD, gradients, at_start)
         for layer in range(spec.depth):
             S = self.surprise_momentum[layer]
             for gradient in gradients:
@@ -177,10 +192,7 @@ class Judge:
             if not any(written):
                 continue
             alpha = float(torch.sigmoid(torch.tensor(spec.forget_slope * S - spec.forget_bias, dtype=WIDE)))
-            lr = float(self.p["dense.log_lr_L"][layer].exp())
-            steps = [lr * keep for keep in written]
-            ratios = self.ratios(steps, k_CD, at_start, layer)
-            steps = [step / ratio for step, ratio in zip(steps, ratios, strict=True)]
+            steps = [step / ratio for step, ratio in zip(held[layer], ratios, strict=True)]
             chosen = [step * g[layer] for g, step in zip(gradients, steps, strict=True)]
             W = self.weights[layer]
             whole = torch.stack(chosen).sum(0)
