@@ -29,8 +29,14 @@ class Figures:
             "titan:rollbacks", "Memories taken back to an older version.", "reason"
         )
         self.store_errors = self._counter("titan:store_errors", "Calls of the store that failed.", "op")
+        self.consolidations = self._counter(
+            "titan:consolidations", "Consolidations of users who rest.", "outcome"
+        )
         self.lock_s = self._histogram(
             "titan:write_lock_seconds", "Time a user's memory is locked.", LOCK_BUCKETS_S
+        )
+        self.consolidation_s = self._histogram(
+            "titan:consolidation_hold_seconds", "Time a user would wait for a consolidation.", LOCK_BUCKETS_S
         )
         self.persist_s = self._histogram(
             "titan:persist_seconds", "Time to store one version.", PERSIST_BUCKETS_S

@@ -9,6 +9,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from actors.consolidation import Consolidator
 from actors.engine import Engine
 from actors.errors import QueueFull
 from actors.figures import Figures
@@ -51,7 +52,8 @@ class MemoryKeeper:
         self._tokenizer, self._figures = tokenizer, figures
         self._turns: set[asyncio.Task[None]] = set()
         self._busy = 0
-        self._idle = asyncio.create_task(self._store_idle())
+        self.consolidator = Consolidator(roster, figures, options.consolidate_after_s)
+        self._idle = asyncio.gather(self._store_idle(), self.consolidator.run())
 
     # -- the data path ----------------------------------------------------------------------------------------
 
@@ -155,7 +157,7 @@ class MemoryKeeper:
                 "user": key.user, "memory_version": resident.memory_version, "tokens_seen": resident.tokens_seen,
                 "chunks": resident.last_chunk_id, "tokens_written": resident.tokens_written,
                 "updates": resident.updates, "surprise_rate": _rate(resident), "norm": norm,
-                "utilisation": norm / spec.max_norm, "bytes": spec.parameters * 2, "parameters": spec.parameters,
+                "utilisation": norm / spec.max_norm, "bytes": spec.state_bytes, "parameters": spec.parameters,
                 "stored_version": resident.stored_version, "frozen": False, "cohort": "default",
             }  # fmt: skip
 
@@ -324,6 +326,7 @@ class MemoryKeeper:
         self._idle.cancel()
         with suppress(asyncio.CancelledError):
             await self._idle
+        await self.consolidator.close()
         await asyncio.to_thread(self.engine.close)
         await asyncio.gather(*self._turns, return_exceptions=True)
         try:
@@ -373,7 +376,7 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     store = await asyncio.to_thread(open_store, options.store_url)
     figures = Figures(options.shard)
     slab = Slab(spec, options.slots)
-    layout = Layout.of(spec, await asyncio.to_thread(base_hash, folder))
+    layout = Layout.of(spec, await asyncio.to_thread(base_hash, folder), config.vocab_size)
     vault = Vault(store, layout, options.epoch, on_damage=figures.rollbacks.add)
     options.journal.parent.mkdir(parents=True, exist_ok=True)
     journal = await asyncio.to_thread(Journal, options.journal)

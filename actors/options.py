@@ -43,6 +43,8 @@ class KeeperOptions:
     """A new stored version after so many folded tokens of a user."""
     idle_flush_s: float = 30.0
     """A user without requests for so long is persisted."""
+    consolidate_after_s: float = 20.0
+    """A user without requests for so long is consolidated, if anything was written since the last time; 0 = never."""
     queue_max: int = 256
     """Requests that may wait in this shard; more are refused with `QueueFull`."""
     durability: str = "local"

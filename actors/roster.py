@@ -12,21 +12,23 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 
 import numpy as np
+import torch
 import xxhash
 
 from actors.errors import QueueFull
 from actors.figures import Figures
 from actors.slab import Resident, Slab
 from actors.vault import Vault
+from actors.writer import SlotWriter
 from storage.errors import Fenced, Forgotten, StoreError, TitanmemError
 from storage.journal import Journal
 from storage.memory import SEEN_MAX
 from storage.names import UserKey
 from storage.segment import SEGMENT_TOKENS_MAX, Segment
-from titanmem.fold import Encoder, Fold, fold
+from titanmem.fold import Encoder, Fold
 from titanmem.tracing import continued
 
 logger = logging.getLogger(__name__)
@@ -53,13 +55,8 @@ class Roster:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.slab, self.vault, self.journal = slab, vault, journal
-        self.spec = encoder.spec
-        self._encoder, self._figures, self._persist_tokens, self._clock = (
-            encoder,
-            figures,
-            persist_tokens,
-            clock,
-        )
+        self.spec, self.writer = encoder.spec, SlotWriter(slab, encoder, figures)
+        self._figures, self._persist_tokens, self._clock = figures, persist_tokens, clock
         self._fold_pool = ThreadPoolExecutor(1, "fold")
         self._store_pool = ThreadPoolExecutor(2, "store")
         self._turns: dict[UserKey, asyncio.Lock] = {}
@@ -72,23 +69,36 @@ class Roster:
     # -- coming and going -------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def turn(self, key: UserKey) -> AsyncIterator[Resident]:
-        """The user's resident, for this caller alone; activated if need be, and not evicted meanwhile."""
+    async def turn(self, key: UserKey, *, upkeep: bool = False) -> AsyncIterator[Resident]:
+        """The user's resident, for this caller alone; activated if need be, and not evicted meanwhile.
+
+        With `upkeep` it does not count as a use: the user has rested as long as before.
+        """
         lock = self._turns.setdefault(key, asyncio.Lock())
         self._waiting[key] = self._waiting.get(key, 0) + 1
         try:
             async with lock:
-                resident = self.slab.get(key) or await self._activate(key)
+                held = self.slab.peek(key) if upkeep else self.slab.get(key)
+                resident = held or await self._activate(key)
                 resident.users += 1
                 try:
                     yield resident
                 finally:
                     resident.users -= 1
-                    resident.used_at_s = self._clock()
+                    if not upkeep:
+                        resident.used_at_s = self._clock()
         finally:
             self._waiting[key] -= 1
             if not self._waiting[key]:
                 del self._waiting[key], self._turns[key]
+
+    def wanted(self, key: UserKey) -> bool:
+        """Whether somebody has the user's turn or waits for it."""
+        return key in self._turns
+
+    def idle_s(self, resident: Resident) -> float:
+        """Seconds since the user's last request."""
+        return self._clock() - resident.used_at_s
 
     async def _activate(self, key: UserKey) -> Resident:
         """Newest valid version into a slot, then what the journal holds beyond it."""
@@ -165,32 +175,34 @@ class Roster:
 
     async def fold(self, resident: Resident, segment: Segment) -> Fold:
         """Write a journalled segment into its user's slot."""
-        done = await asyncio.get_running_loop().run_in_executor(
-            self._fold_pool, self._fold_now, resident, segment
-        )
+        return self._folded(resident, segment, await self.in_fold_pool(self.writer.fold, resident, segment))
+
+    async def settle(
+        self, resident: Resident, segment: Segment, copy_1HD: torch.Tensor, updates: int
+    ) -> Fold:
+        """Put in place what the journalled replay `segment` makes of the slot; the caller has it in a copy."""
+        # Not in the fold thread: the user's turn would be held while others are folded.
+        done = await asyncio.to_thread(self.writer.put_replayed, resident, copy_1HD, updates)
+        return self._folded(resident, segment, done)
+
+    def _folded(self, resident: Resident, segment: Segment, done: Fold) -> Fold:
+        if done.reservoir is not None:
+            resident.reservoir = done.reservoir
         resident.momentum = done.momentum
         resident.memory_version += 1
         resident.last_chunk_id = segment.last_chunk_id
+        resident.updates += done.updates
+        if segment.role == "replay":
+            resident.consolidated = resident.tokens_written
+            return done
         resident.tokens_seen += len(segment.tokens)
         resident.tokens_since_stored += len(segment.tokens)
         resident.tokens_written += done.tokens_written
-        resident.updates += done.updates
         if segment.role == "document":
             resident.tail = np.concatenate([segment.context, segment.tokens])[-self.spec.window :]
             resident.tail_of = document_id(segment.conversation)
         self._figures.updates.add("written" if done.updates else "skipped", done.chunks)
         return done
-
-    def _fold_now(self, resident: Resident, segment: Segment) -> Fold:
-        @contextmanager
-        def exclusive():
-            with resident.lock.exclusive():
-                started = time.perf_counter()
-                yield
-                self._figures.lock_s.observe(time.perf_counter() - started)
-
-        written = self._encoder.encode(segment.context, segment.tokens)
-        return fold(self.slab.written_SHD, resident.slot, written, resident.momentum, self.spec, exclusive)
 
     def _remember(self, resident: Resident, value: int) -> None:
         resident.seen[value] = None
@@ -254,8 +266,8 @@ class Roster:
         """Store all residents whose user has been idle for `idle_s`; how many were stored."""
         stored = 0
         for resident in self.slab.residents():
-            if resident.dirty and self._clock() - resident.used_at_s >= idle_s:
-                async with self.turn(resident.key) as current:
+            if resident.dirty and self.idle_s(resident) >= idle_s:
+                async with self.turn(resident.key, upkeep=True) as current:
                     stored += await self.store(current)
         return stored
 
@@ -266,6 +278,10 @@ class Roster:
         await asyncio.gather(*self._stores.values(), return_exceptions=True)
         self._fold_pool.shutdown()
         self._store_pool.shutdown()
+
+    async def in_fold_pool(self, work, *arguments):
+        """One thread does all arithmetic of updates, in the order in which it is asked for."""
+        return await asyncio.get_running_loop().run_in_executor(self._fold_pool, work, *arguments)
 
     async def _in_store_pool(self, work, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self._store_pool, work, *arguments)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from storage.names import UserKey
+from titanmem.reservoir import Reservoir
 from titanmem.spec import MemorySpec
+
+BLOCK_ROWS = 512
+"""Rows that are put in place under one hold of the write lock: 128 KiB of the shipped model's."""
 
 
 class ReadWriteLock:
@@ -61,6 +65,8 @@ class Resident:
 
     key: UserKey
     slot: int
+    reservoir: Reservoir
+    """What is kept of all that was written."""
     memory_version: int = 0
     last_chunk_id: int = 0
     """Last chunk folded into the slot."""
@@ -69,6 +75,8 @@ class Resident:
     tokens_seen: int = 0
     tokens_written: int = 0
     updates: int = 0
+    consolidated: int = 0
+    """`tokens_written` at the last consolidation: whatever was written since then is to be consolidated."""
     momentum: float = 0.0
     tail: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     """int32: the last window of the document that is being read, context of its next piece."""
@@ -121,6 +129,10 @@ class Slab:
             self._residents.move_to_end(key)
         return resident
 
+    def peek(self, key: UserKey) -> Resident | None:
+        """The same, but it does not count as a use."""
+        return self._residents.get(key)
+
     def has_room(self) -> bool:
         return bool(self._free)
 
@@ -130,7 +142,7 @@ class Slab:
         assert key not in self._residents, "a user is placed once"
         slot = self._free.pop()
         self.written_SHD[slot].zero_()
-        resident = Resident(key=key, slot=slot)
+        resident = Resident(key=key, slot=slot, reservoir=Reservoir.empty(self.spec))
         self._residents[key] = resident
         return resident
 
@@ -147,6 +159,23 @@ class Slab:
         with resident.lock.exclusive():
             flat.zero_()
             flat[torch.from_numpy(positions)] = torch.from_numpy(values).to(flat.device)
+
+    def copy(self, resident: Resident) -> torch.Tensor:
+        """The slot as a slab of its own, [1, H, D]."""
+        with resident.lock.shared():
+            return self.written_SHD[resident.slot][None].clone()
+
+    def put(
+        self,
+        resident: Resident,
+        copy_1HD: torch.Tensor,
+        exclusive: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        """The slot from such a copy, block by block. Nobody may read in between: the caller holds the user's turn."""
+        for start in range(0, self.spec.code_width, BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            with exclusive():
+                self.written_SHD[resident.slot, rows] = copy_1HD[0, rows]
 
     def nonzero(self, resident: Resident) -> tuple[np.ndarray, np.ndarray]:
         """Flat positions int64, rising, and float16 values of what is not zero in the slot."""

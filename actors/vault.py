@@ -14,10 +14,11 @@ from datetime import UTC, datetime
 import numpy as np
 
 from actors.slab import Resident, Slab
-from storage.errors import NoSuchMemory, WrongBase
-from storage.memory import SEEN_MAX, Memory
+from storage.errors import CorruptIndex, NoSuchMemory, WrongBase
+from storage.memory import SEEN_MAX, Memory, Replay
 from storage.names import UserKey
 from storage.store import MemoryStore
+from titanmem.reservoir import Reservoir
 from titanmem.spec import MemorySpec
 
 
@@ -29,12 +30,14 @@ class Layout:
     offset: int
     rule: str
     base: str
+    vocabulary: int
+    """Tokens that a reservoir may name."""
 
     @classmethod
-    def of(cls, spec: MemorySpec, base: str) -> Layout:
+    def of(cls, spec: MemorySpec, base: str, vocabulary: int) -> Layout:
         shape = ((spec.d_nltm, spec.key_dim), (spec.code_width, spec.d_nltm), spec.written_shape)
         offset = sum(rows * columns for rows, columns in shape[:-1])
-        return cls(shape=shape, offset=offset, rule=spec.rule, base=base)
+        return cls(shape=shape, offset=offset, rule=spec.rule, base=base, vocabulary=vocabulary)
 
 
 class Vault:
@@ -72,8 +75,10 @@ class Vault:
         return self.store.get(key, version, expect_base=self.layout.base, expect_shape=self.layout.shape)
 
     def restore(self, memory: Memory, resident: Resident, slab: Slab) -> None:
-        """Put a stored memory into a resident's slot."""
+        """Put a stored memory into a resident's slot; CorruptIndex for a reservoir that no memory can have."""
+        reservoir = self.reservoir_of(memory, slab.spec)
         slab.load(resident, memory.nonzero_idx - self.layout.offset, memory.theta_val)
+        resident.reservoir = reservoir
         resident.memory_version = resident.stored_version = memory.memory_version
         resident.last_chunk_id = resident.journaled_chunk_id = resident.stored_chunk_id = memory.last_chunk_id
         resident.tokens_seen = memory.tokens_seen
@@ -82,6 +87,22 @@ class Vault:
         resident.seen = OrderedDict.fromkeys(int(value) for value in memory.seen)
         resident.tokens_written = int(memory.stats.get("tokens_written", 0))
         resident.updates = int(memory.stats.get("updates", 0))
+        resident.consolidated = int(memory.stats.get("consolidated", 0))
+
+    def reservoir_of(self, memory: Memory, spec: MemorySpec) -> Reservoir:
+        """The reservoir of a file; files of before there was one have none. Raises CorruptIndex."""
+        rows = memory.replay
+        if rows is None:
+            return Reservoir.empty(spec)
+        try:
+            return Reservoir.loaded(
+                rows.columns, rows.values, rows.tokens, rows.gates, spec, self.layout.vocabulary
+            )
+        except ValueError as error:
+            rule = "replay_* are entries that the model can have written"
+            raise CorruptIndex(
+                f"memory of {memory.key}", rule, "codes, gates and tokens of it", str(error)
+            ) from None
 
     def image(self, resident: Resident, slab: Slab, now: datetime | None = None) -> Memory:
         """The resident's state as it would rest; the caller holds the user's turn, so nothing moves meanwhile."""
@@ -100,11 +121,13 @@ class Vault:
             nonzero_idx=positions.astype(np.int64) + self.layout.offset,
             theta_val=values,
             momentum=np.array([0.0] * (len(self.layout.shape) - 1) + [resident.momentum], dtype=np.float16),
+            replay=_replay(resident.reservoir),
             tail=resident.tail,
             seen=np.array(list(resident.seen)[-SEEN_MAX:], dtype=np.uint64),
             stats={
                 "tokens_written": float(resident.tokens_written),
                 "updates": float(resident.updates),
+                "consolidated": float(resident.consolidated),
                 "norm": slab.norm(resident),
                 "tail_of": float(resident.tail_of),
             },
@@ -113,3 +136,14 @@ class Vault:
     def put(self, memory: Memory) -> None:
         """Make a memory the newest stored version; Fenced when a newer epoch has written."""
         self.store.put(memory, epoch=self.epoch)
+
+
+def _replay(reservoir: Reservoir) -> Replay | None:
+    if not len(reservoir):
+        return None
+    return Replay(
+        columns=reservoir.columns_RK,
+        values=reservoir.values_RK,
+        tokens=reservoir.token_R,
+        gates=reservoir.gate_R,
+    )

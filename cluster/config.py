@@ -76,6 +76,9 @@ class Config:
     """Tokens of a user between two stored versions, 256 to 65536."""
     idle_flush_s: float = 30.0
     """Seconds without a request after which a user's memory is stored, 0.1 to 86,400."""
+    consolidate_after_s: float = 20.0
+    """Seconds without a request after which what a user's memory has written is consolidated, 0.1 to 86,400; 0 is
+    never. Shorter than `idle_flush_s`, so that one stored version holds both."""
     seed: int = 0
     """Seed of sampling where a request brings none, 0 to 2**63 - 1."""
     spec: Mapping[str, object] = field(default_factory=dict)
@@ -92,6 +95,7 @@ class Config:
         for name, low, high in _RANGES:
             _check_range(name, getattr(self, name), low, high)
         _check_range("snapshot_interval_s", self.snapshot_interval_s or 60, 60, 31_536_000)
+        _check_range("consolidate_after_s", self.consolidate_after_s or 0.1, 0.1, 86_400)
         for name, allowed in (*SERVED.items(), ("durability", DURABILITIES)):
             value = getattr(self, name)
             if value not in allowed:

@@ -222,6 +222,7 @@ class Coordinator:
             spec_overrides=dict(config.spec),
             persist_tokens=config.persist_tokens,
             idle_flush_s=config.idle_flush_s,
+            consolidate_after_s=config.consolidate_after_s,
             queue_max=config.queue_max,
             durability=config.durability,
             seed=config.seed,

@@ -24,6 +24,7 @@ from actors.options import KeeperOptions
 from cluster.config import Config
 from storage.names import UserKey
 from storage.segment import SEGMENT_TOKENS_MAX
+from titanmem.consolidation import PASSES
 from titanmem.corpus import read_text
 from titanmem.needles import Needle, hide, read_needles
 from titanmem.tokenizer import ChatTokenizer
@@ -53,6 +54,15 @@ class NeedleOptions:
     model: Path | None = None
     memory: str = "read_only"
     """How the questions see the memory: `read_only`, or `off` for the baseline that must not know."""
+    consolidate: int | None = None
+    """Passes over the reservoir before the questions; None is what serving does while a user rests."""
+
+    @property
+    def passes(self) -> int:
+        """Passes that are made."""
+        if self.consolidate is not None:
+            return self.consolidate
+        return PASSES if Config().consolidate_after_s else 0
 
 
 def run_needle_bench(options: NeedleOptions, report: Report = lambda what, share: None) -> dict[str, Any]:
@@ -79,6 +89,7 @@ async def _run(options: NeedleOptions, report: Report) -> dict[str, Any]:
                 mode=options.mode,
                 rule=options.rule,
                 persist_tokens=65536,
+                consolidate_after_s=0.0,  # when it is to be is said below
             )
         )
         try:
@@ -102,6 +113,7 @@ async def _run(options: NeedleOptions, report: Report) -> dict[str, Any]:
         "mode": options.mode,
         "rule": options.rule,
         "memory": options.memory,
+        "consolidate": options.passes,
         "chunk_size": spec.chunk_size,
         "window": spec.window,
         "seed": options.seed,
@@ -133,6 +145,9 @@ class _Run:
             report(f"{length:,} tokens: reading", done + share * 0.9 * (place + len(piece)) / length)
         ingest_s = time.perf_counter() - started
         await self.keeper.flush()
+        if self.options.passes:
+            report(f"{length:,} tokens: consolidating", done + share * 0.9)
+            await self.keeper.consolidator.consolidate(self.key, self.options.passes)
         replies, first_s = [], []
         for number, needle in enumerate(self.needles):
             reply, seconds = await self.ask(needle.question, number)
@@ -186,7 +201,7 @@ def _summed(length: int, runs: list[dict[str, Any]], keeper: MemoryKeeper) -> di
         "queries": len(found),
         "recall": sum(found) / len(found),
         "ttft_ms": 1000 * median(second for run in runs for second in run["first_s"]),
-        "state_bytes": keeper.roster.spec.parameters * 2,
+        "state_bytes": keeper.roster.spec.state_bytes,
         "ingest_tokens_per_s": length * len(runs) / sum(run["ingest_s"] for run in runs),
         "written_share": sum(run["written"] for run in runs) / (length * len(runs)),
         "by_family": by_family,

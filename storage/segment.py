@@ -32,7 +32,7 @@ class Segment:
     context: np.ndarray
     """int32 [at most CONTEXT_TOKENS_MAX]: what stood before, for attention only."""
     tokens: np.ndarray
-    """int32 [at most SEGMENT_TOKENS_MAX]: what is offered to the memory."""
+    """int32 [at most SEGMENT_TOKENS_MAX]: what is offered to the memory; of role `replay` one number, its passes."""
     first_chunk_id: int
     last_chunk_id: int
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels import ops, sparse
 from titanmem.decoder import Decoder
+from titanmem.reservoir import Reservoir
 from titanmem.spec import MemorySpec
 
 
@@ -34,6 +35,8 @@ class Written:
     target_ND: Tensor
     weight_N: Tensor
     """float32: write gate w."""
+    token_N: Tensor
+    """int64: whose value the target is."""
     tokens: int
     """Length of the segment."""
 
@@ -49,6 +52,8 @@ class Fold:
     """Largest normalised surprise of the segment, 0 when the gate let nothing through."""
     momentum: float
     """S after the segment, on the float16 grid of its file."""
+    reservoir: Reservoir | None = None
+    """What is kept of all that was written; None if nothing is to be kept."""
 
 
 class Encoder:
@@ -86,6 +91,7 @@ class Encoder:
             values_NK=values_NK,
             target_ND=self.values_VD[ids[start:][position_N]],
             weight_N=weight[position_N],
+            token_N=ids[start:][position_N],
             tokens=len(tokens),
         )
 
@@ -103,12 +109,15 @@ def fold(
     momentum: float,
     spec: MemorySpec,
     exclusive: Callable[[], AbstractContextManager[object]] = nullcontext,
+    reservoir: Reservoir | None = None,
 ) -> Fold:
     """Write a segment into the slot, chunk by chunk, each chunk in updates of at most `top_k_ratio` of the elements.
 
-    The new columns are computed beside the slab and put in place inside `exclusive()`.
+    The new columns are computed beside the slab and put in place inside `exclusive()`. What was written is offered to
+    the reservoir, if there is one.
     """
-    updates, kept_total, largest = 0, 0, 0.0
+    updates, largest = 0, 0.0
+    kept: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     slots = torch.full((len(written.position_N),), slot, dtype=torch.int64)
     chunk_N = written.position_N // spec.chunk_size
     for chunk in chunk_N.unique().tolist():
@@ -135,11 +144,19 @@ def fold(
             with exclusive():
                 ops.sparse_apply(slab_SHD, rows_M, new_MD)
             updates += 1
-            kept_total += int(keep.sum())
+            kept.append(group[keep])
+    kept_N = torch.cat(kept)
     return Fold(
         chunks=-(-written.tokens // spec.chunk_size),
         updates=updates,
-        tokens_written=kept_total,
+        tokens_written=len(kept_N),
         surprise=largest,
         momentum=momentum,
+        reservoir=None if reservoir is None else _offer(reservoir, written, kept_N, spec),
     )
+
+
+def _offer(reservoir: Reservoir, written: Written, kept_N: Tensor, spec: MemorySpec) -> Reservoir:
+    rows = (written.columns_NK, written.values_NK, written.token_N, written.weight_N)
+    columns_NK, values_NK, token_N, gate_N = (row[kept_N].cpu().numpy() for row in rows)
+    return reservoir.offered(columns_NK, values_NK, token_N, gate_N, spec)

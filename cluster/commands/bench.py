@@ -73,6 +73,15 @@ def needle(
     memory: Annotated[
         Asked, typer.Option("--memory", help="off is the baseline: what is answered without any memory.")
     ] = Asked.read_only,
+    consolidate: Annotated[
+        int | None,
+        typer.Option(
+            "--consolidate",
+            min=0,
+            max=16,
+            help="Passes over what was written, before asking; default: as serving.",
+        ),
+    ] = None,
     model: Annotated[
         Path | None, typer.Option("--model", help="Model folder; default: the one that ships.")
     ] = None,
@@ -95,6 +104,7 @@ def needle(
         seed=seed,
         model=model,
         memory=memory.value,
+        consolidate=consolidate,
     )
     with _progress() as bar:
         task = bar.add_task("needles", total=1.0)

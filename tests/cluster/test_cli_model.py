@@ -59,7 +59,8 @@ def test_a_bench_is_told_what_the_flags_say(asked: list[NeedleOptions], tmp_path
     haystack.touch()
     flags = (
         f"--lengths 65536,131072 --needles {needles} --haystack {haystack} --mode mac "
-        f"--rule titans --depths 5 --queries 7 --runs 3 --seed 4 --memory off --model {tmp_path}"
+        f"--rule titans --depths 5 --queries 7 --runs 3 --seed 4 --memory off --consolidate 2 "
+        f"--model {tmp_path}"
     )
     result = run("bench", "needle", *flags.split(), "--json")
     assert json.loads(result.stdout) == RESULT
@@ -74,6 +75,7 @@ def test_a_bench_is_told_what_the_flags_say(asked: list[NeedleOptions], tmp_path
             runs=3,
             seed=4,
             memory="off",
+            consolidate=2,
             model=tmp_path,
         )
     ]

@@ -71,6 +71,8 @@ def test_keys_are_never_shown() -> None:
         ("shards", 0, "shards: 0 is outside 1 to 1024"),
         ("request_timeout_s", float("nan"), "request_timeout_s: nan is not a number"),
         ("idle_flush_s", -1, "idle_flush_s: -1.0 is outside"),
+        ("consolidate_after_s", -1, "consolidate_after_s: -1.0 is outside 0.1 to 86400"),
+        ("consolidate_after_s", 0.01, "consolidate_after_s: 0.01 is outside 0.1 to 86400"),
         ("snapshot_interval_s", 5, "snapshot_interval_s: 5.0 is outside 60 to"),
         ("mode", "max", "mode: 'max' is not one of mac"),
         ("rule", "", "rule: '' is not one of sparse"),
@@ -130,6 +132,6 @@ def test_recipes_can_be_overridden() -> None:
 
 
 def test_ranges_cover_every_number() -> None:
-    ranged = {name for name, _, _ in module._RANGES} | {"snapshot_interval_s"}
+    ranged = {name for name, _, _ in module._RANGES} | {"snapshot_interval_s", "consolidate_after_s"}
     numbers = {f.name for f in dataclasses.fields(Config) if f.type in ("int", "float")}
     assert ranged == numbers

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tests.tiny_model import tiny_decoder
 from titanmem.fold import Encoder, Written, fold, forget_share
+from titanmem.reservoir import Reservoir
 from titanmem.spec import MemorySpec
 
 
@@ -38,6 +41,67 @@ def test_the_same_segment_gives_the_same_bits(encoder, tokens):
     assert results[0][1] == results[1][1] == float(np.float16(momentum))
     assert not bool(results[0][0][0].any()), "another slot is not touched"
     assert bool(results[0][0][1].any()) or tokens < 15
+
+
+@pytest.mark.parametrize("bound", [0, 7, 4096])
+def test_every_written_token_is_offered_to_the_reservoir(encoder, bound):
+    spec = encoder.spec.overridden({"reservoir": bound})
+    slab = torch.zeros(1, *spec.written_shape, dtype=torch.float16)
+    written = encoder.encode(NOTHING, ids(100))
+    done = fold(slab, 0, written, 0.0, spec, reservoir=Reservoir.empty(spec))
+    assert done.reservoir is not None
+    assert done.tokens_written > 20
+    # What was written, in order; what was not surprising is not there, nor what a newer one replaces.
+    rows = (written.columns_NK, written.values_NK, written.token_N, written.weight_N)
+    everything = Reservoir.of(*(row.numpy() for row in rows))
+    if bound == 4096:
+        offered = {entry.tobytes() for entry in everything.columns_RK}
+        assert {entry.tobytes() for entry in done.reservoir.columns_RK} <= offered
+        assert 10 < len(done.reservoir) <= done.tokens_written
+    else:
+        assert len(done.reservoir) == bound
+    assert torch.equal(encoder.values_VD[written.token_N], written.target_ND), (
+        "a token says what its target was"
+    )
+
+
+def test_what_is_not_surprising_is_not_offered(encoder):
+    spec, written = encoder.spec.overridden({"top_k_ratio": 0.05}), encoder.encode(NOTHING, ids(40))
+    assert spec.tokens_per_update == 3, "an update may keep a part of its tokens"
+    faint = torch.arange(len(written.weight_N)) % 2 == 0
+    written = replace(written, weight_N=torch.where(faint, 0.01, 0.9))
+    slab = torch.zeros(1, *spec.written_shape, dtype=torch.float16)
+    done = fold(slab, 0, written, 0.0, spec, reservoir=Reservoir.empty(spec))
+    assert done.reservoir is not None
+    assert 0 < done.tokens_written <= int((~faint).sum())
+    assert bool((done.reservoir.gate_R == np.float16(0.9)).all())
+
+
+def test_the_reservoir_changes_nothing_of_what_is_written(encoder):
+    spec, written = encoder.spec, encoder.encode(NOTHING, ids(100))
+    without, beside = (torch.zeros(1, *spec.written_shape, dtype=torch.float16) for _ in range(2))
+    first = fold(without, 0, written, 0.0, spec)
+    second = fold(beside, 0, written, 0.0, spec, reservoir=Reservoir.empty(spec))
+    assert torch.equal(without, beside)
+    assert first.reservoir is None
+    assert second.tokens_written == first.tokens_written
+
+
+def test_the_same_segments_leave_the_same_reservoir(encoder):
+    spec = encoder.spec.overridden({"reservoir": 9})
+    kept = []
+    for _ in range(2):
+        slab = torch.zeros(1, *spec.written_shape, dtype=torch.float16)
+        reservoir, momentum = Reservoir.empty(spec), 0.0
+        for seed in range(3):
+            done = fold(
+                slab, 0, encoder.encode(ids(9, 7), ids(60, seed)), momentum, spec, reservoir=reservoir
+            )
+            assert done.reservoir is not None
+            assert done.reservoir.token_R.tobytes() != reservoir.token_R.tobytes()
+            reservoir, momentum = done.reservoir, done.momentum
+        kept.append([getattr(reservoir, name).tobytes() for name in Reservoir.__slots__])
+    assert kept[0] == kept[1]
 
 
 def test_an_update_changes_only_what_it_selects(encoder):
