@@ -212,8 +212,9 @@ def pooled_coefficients(eta_U: Tensor, theta_UC: Tensor, alpha_U: Tensor, valid_
 
 
 def outer(factor_UC: Tensor, delta_UCO: Tensor, input_UCI: Tensor) -> Tensor:
-    """Σ_t factor_t δ_t a_t^T, [U, O, I]."""
-    return torch.bmm((factor_UC[..., None] * delta_UCO).transpose(1, 2), input_UCI)
+    """Σ_t factor_t δ_t a_t^T, [U, O, I], in the wider dtype of the three."""
+    weighted_UCO = factor_UC[..., None] * delta_UCO
+    return torch.bmm(weighted_UCO.transpose(1, 2), input_UCI.to(weighted_UCO.dtype))
 
 
 def scaled(factor_U: Tensor, W_UOI: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def slabs(slots: int, widths: tuple[int, ...], seed: int = 0) -> list[Tensor]:
-    return [random(slots, o, i, seed=seed) / i**0.5 for i, o in zip(widths[:-1], widths[1:], strict=True)]
+    return [random(slots, o, i, seed=seed) / i**0.5 for i, o in itertools.pairwise(widths)]
 
 
 def step_by_step(
