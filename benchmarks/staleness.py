@@ -14,6 +14,7 @@ import argparse
 import datetime
 import json
 import lzma
+import math
 import sys
 from pathlib import Path
 
@@ -68,8 +69,13 @@ def loss(memory: NeuralMemory, weights: list[Tensor], x: Tensor) -> float:
     return float((answer - value)[:, -ASKED:].square().sum() / value[:, -ASKED:].square().sum())
 
 
+def _finite(figure: float) -> float | None:
+    """Rounded, or None for a memory that diverged."""
+    return round(figure, 4) if math.isfinite(figure) else None
+
+
 @torch.no_grad()
-def measure(tokens: int) -> list[dict[str, float | str | int]]:
+def measure(tokens: int) -> list[dict[str, float | str | int | None]]:
     x, rows = hidden_states(tokens), []
     for rule, lr, bounded in RUNS:
         torch.manual_seed(0)
@@ -91,8 +97,8 @@ def measure(tokens: int) -> list[dict[str, float | str | int]]:
                     "lr": lr,
                     "bounded": bounded,
                     "chunk": chunk,
-                    "error": round(distance / moved, 4),
-                    "loss": round(loss(memory, weights, x), 4),
+                    "error": _finite(distance / moved),
+                    "loss": _finite(loss(memory, weights, x)),
                 }
             )
     return rows

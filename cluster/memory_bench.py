@@ -119,10 +119,10 @@ def run_memory_bench(
 
 def store_and_read(options: MemoryBenchOptions, expansion: int, users: int) -> float:
     """Tokens a second of our `NeuralMemory`, in the peer's shape: momentum and forgetting pooled a chunk, residual
-    and norm, no convolution."""
+    and norm, no convolution, no bound on a chunk's steps."""
     spec = MemorySpec(
         width=options.width, d_nltm=options.width, depth=DEPTH, expansion=expansion, rule="titans",
-        gates="chunk", chunk_size=CHUNK, residual=True, norm=True, conv=1, lr=1e-3,
+        gates="chunk", chunk_size=CHUNK, residual=True, norm=True, conv=1, lr=1e-3, bounded=False,
     )  # fmt: skip
     memory = NeuralMemory(spec)
     x = torch.randn(users, options.tokens, options.width)

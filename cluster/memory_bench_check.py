@@ -43,7 +43,7 @@ def _titans_error(expansion: int) -> float:
     """Pooled gates, residual and norm as in the comparison, 100 tokens in chunks of 64, two users."""
     spec = MemorySpec(
         width=60, d_nltm=60, depth=2, expansion=expansion, rule="titans", gates="chunk", chunk_size=64,
-        residual=True, norm=True, conv=1, lr=1e-3,
+        residual=True, norm=True, conv=1, lr=1e-3, bounded=False,
     )  # fmt: skip
     memory = NeuralMemory(spec)
     assert memory.dense is not None

@@ -98,7 +98,7 @@ def gradients(weights: Sequence[Tensor], done: Forward, value_UCD: Tensor, form:
         delta = torch.bmm(delta, weights[layer].to(delta.dtype)) * silu_slope(done.before[layer - 1])
         deltas.insert(0, delta)
     norms = [
-        root(delta.square().sum(-1) * inputs.square().sum(-1))
+        torch.linalg.vector_norm(delta, dim=-1) * torch.linalg.vector_norm(inputs, dim=-1)
         for delta, inputs in zip(deltas, done.inputs, strict=True)
     ]
     return Gradients(deltas=deltas, inputs=done.inputs, norm_LUC=torch.stack(norms))

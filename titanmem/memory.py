@@ -151,7 +151,7 @@ class NeuralMemory(nn.Module):
         if not bool(finite.all()):
             valid = finite[:, None] & (torch.ones_like(x[..., 0]).bool() if valid is None else valid)
             x = torch.where(finite[:, None, None], x, 0.0)
-        out = x.new_zeros(users, tokens if reads else 0, self.spec.width)
+        out: Tensor | None = None
         surprise = torch.zeros(users, tokens, device=x.device)
         written = torch.zeros(users, tokens, dtype=torch.bool, device=x.device)
         forget = torch.zeros(users, device=x.device)
@@ -163,7 +163,7 @@ class NeuralMemory(nn.Module):
             refused[group[~good]] = True
             if reads and read:
                 y = _fitted(self.out(torch.cat(read, 1)), tokens)
-                out = y if len(group) == users else out.index_put((group,), y)
+                out = y if len(group) == users else self._put(out, group, y, users)
             surprise = surprise.index_put(
                 (group,), _fitted(torch.cat([c.surprise_UC for c in chunks], 1), tokens)
             )
@@ -173,9 +173,16 @@ class NeuralMemory(nn.Module):
             if not bool(good.all()):
                 part = part.of(good)
             state.put(_mask(group[good], users), part)
+        out = x.new_zeros(users, tokens if reads else 0, self.spec.width) if out is None else out
         return out, UpdateReport(
             surprise=surprise, written=written, forget=forget, changed=changed, refused=refused
         )
+
+    @staticmethod
+    def _put(out: Tensor | None, group: Tensor, y: Tensor, users: int) -> Tensor:
+        """`y` of a group of users among all of them."""
+        out = y.new_zeros(users, *y.shape[1:]) if out is None else out
+        return out.index_put((group,), y)
 
     def _chunks(
         self, part: MemoryState, call: _Call, *, reads: bool
@@ -263,7 +270,7 @@ class NeuralMemory(nn.Module):
         else:
             x = torch.where(valid[..., None], x, 0.0)
         x, valid = _fitted(x, length), _fitted(valid, length)
-        before = torch.cat([part.history_UKE.to(x.dtype), x], 1)
+        before = torch.cat([part.history_UKE.to(x.dtype), x], 1) if self.spec.conv > 1 else x
         return _Call(
             query=self.query(before), key=self.key(before), value=self.value(before), hidden=x, valid_UT=valid
         )

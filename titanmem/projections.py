@@ -42,8 +42,12 @@ class Projection(nn.Module):
         out = self.linear(x_UTE)
         if self.taps is not None:
             out = causal_convolution(out, self.taps)
-        out = F.silu(out)
-        return F.normalize(out, dim=-1, eps=1e-6) if self.normalised else out
+        out = F.silu(out, inplace=not out.requires_grad)
+        if not self.normalised:
+            return out
+        if out.requires_grad:
+            return F.normalize(out, dim=-1, eps=1e-6)
+        return out.div_(torch.linalg.vector_norm(out, dim=-1, keepdim=True).clamp_min_(1e-6))
 
 
 class Gates(nn.Module):

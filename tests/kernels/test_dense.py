@@ -68,8 +68,10 @@ def test_a_step_in_place_is_the_step(in_place, decay):
     users, tokens, rows, columns = 3, 50, 12, 9
     W, S = random(users, rows, columns), random(users, rows, columns, seed=1)
     delta, inputs = random(users, tokens, rows), random(users, tokens, columns)
-    gates = (torch.rand(users, tokens, generator=torch.Generator().manual_seed(s)) / 10 for s in (1, 2, 3))
-    c = dense.coefficients(*gates, torch.ones(users, tokens, dtype=torch.bool))
+    eta, theta, alpha = (
+        torch.rand(users, tokens, generator=torch.Generator().manual_seed(s)) / 10 for s in (1, 2, 3)
+    )
+    c = dense.coefficients(eta, theta, alpha, torch.ones(users, tokens, dtype=torch.bool))
     wide = Coefficients(**{name: getattr(c, name).double() for name in Coefficients.__slots__})
     wanted = dense.step(W.double(), S.double(), delta.double(), inputs.double(), wide, decay * W.double())
     if in_place:

@@ -10,6 +10,10 @@ import pytest
 from titanmem.spec import CHOICES, FLAGS, RANGES, MemorySpec
 
 
+def spec_of(knobs: dict[str, Any]) -> MemorySpec:
+    return MemorySpec(**knobs)
+
+
 def test_every_knob_is_checked():
     known = {field.name for field in fields(MemorySpec)}
     assert known == RANGES.keys() | CHOICES.keys() | set(FLAGS) | {"written_layers"}
@@ -20,13 +24,13 @@ def test_both_ends_of_a_range_are_named(name):
     low, high = RANGES[name]
     for wrong in (low - 1, high + 1, "1", None, True, float("nan")):
         with pytest.raises(ValueError, match=f"memory.{name} = .*must be a number from"):
-            MemorySpec(**{name: wrong})
+            spec_of({name: wrong})
 
 
 @pytest.mark.parametrize("name", [*CHOICES, *FLAGS, "written_layers"])
 def test_an_unknown_word_is_named(name):
     with pytest.raises(ValueError, match=f"memory.{name} = 'other': must be"):
-        MemorySpec(**{name: "other"})
+        spec_of({name: "other"})
 
 
 @pytest.mark.parametrize(
@@ -45,7 +49,7 @@ def test_an_unknown_word_is_named(name):
 )
 def test_a_combination_that_can_not_work_says_why(knobs: dict[str, Any], said: str):
     with pytest.raises(ValueError, match=said):
-        MemorySpec(**knobs)
+        spec_of(knobs)
 
 
 def test_the_shapes_that_a_spec_stands_for():
