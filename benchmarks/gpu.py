@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton
 
-from kernels import dense, read, slab, sparse, surprise, update
+from kernels import dense, read, selection, slab, sparse, surprise, update
 from kernels.dense import Coefficients, Form
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -139,13 +139,13 @@ def check_dense(width: int, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
         update.dense_step_(W, S, slots, delta, inputs, c, 1e-2)
         yield "dense_step_", max(error(W[slots], want_W), error(S[slots], want_S))
     W, weight, keep = random(5, width, width, dtype=dtype), random(users, chunk), random(users)
-    rows, columns = dense.selected_rows_columns(delta_64, inputs_64, weight, 0.1)
+    rows, columns = selection.selected_rows_columns(delta_64, inputs_64, weight, 0.1)
     start, keep_64 = W[slots].double(), keep.double()
-    block = dense.masked_step(
+    block = selection.masked_step(
         start, delta_64, inputs_64, weight.double(), keep_64, 0.1 * keep_64, rows, columns
     )
     update.masked_step_(W, slots, delta, inputs, weight, keep, 0.1 * keep, rows, columns)
-    yield "masked_step_", error(W[slots], dense.scatter_block(start, rows, columns, block))
+    yield "masked_step_", error(W[slots], selection.scatter_block(start, rows, columns, block))
 
 
 def codes(users: int, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import dense
+from kernels import dense, selection
 from kernels.dense import Coefficients, Form, Gradients
 
 
@@ -77,8 +77,8 @@ def masked_step_(
     rows_Ur: Tensor,
     columns_Uc: Tensor,
 ) -> None:
-    """One sparse update of one layer in place, on the selected rows and columns; see `dense.masked_step`."""
-    new_Urc = dense.masked_step(
+    """One sparse update of one layer in place, on the selected rows and columns; see `selection.masked_step`."""
+    new_Urc = selection.masked_step(
         W_SOI[slots_U].float(), delta_UCO, input_UCI, weight_UC, keep_U, weight_decay_U, rows_Ur, columns_Uc
     )
     W_SOI[slots_U[:, None, None], rows_Ur[:, :, None], columns_Uc[:, None, :]] = new_Urc.to(W_SOI.dtype)

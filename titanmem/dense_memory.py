@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kernels import dense, ops
+from kernels import dense, ops, selection
 from kernels.dense import Coefficients, Form, Forward, Gradients
 from kernels.miras import RETENTIONS
 from titanmem.projections import Gates
@@ -197,19 +197,19 @@ class DenseMemory(nn.Module):
     ) -> tuple[Tensor, int]:
         ratio = self.spec.top_k_ratio
         if self.spec.selection == "elements":
-            places_Uk, values_Uk = dense.element_step(
+            places_Uk, values_Uk = selection.element_step(
                 W_UOI, delta_UCO, input_UCI, weight_UC, keep_U, decay_U, ratio
             )
             moved = W_UOI.flatten(1).scatter(1, places_Uk, values_Uk.to(W_UOI.dtype)).view_as(W_UOI)
             return moved, places_Uk.shape[1]
-        rows_Ur, columns_Uc = dense.selected_rows_columns(delta_UCO, input_UCI, weight_UC, ratio)
+        rows_Ur, columns_Uc = selection.selected_rows_columns(delta_UCO, input_UCI, weight_UC, ratio)
         arguments = (delta_UCO, input_UCI, weight_UC, keep_U, decay_U, rows_Ur, columns_Uc)
         if _on_kernels(delta_UCO):
             moved = W_UOI.clone()
             ops.masked_step_(moved, _everyone(delta_UCO)[0], *arguments)
         else:
-            block = dense.masked_step(W_UOI, *arguments)
-            moved = dense.scatter_block(W_UOI, rows_Ur, columns_Uc, block)
+            block = selection.masked_step(W_UOI, *arguments)
+            moved = selection.scatter_block(W_UOI, rows_Ur, columns_Uc, block)
         return moved, rows_Ur.shape[1] * columns_Uc.shape[1]
 
 

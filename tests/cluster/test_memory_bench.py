@@ -14,7 +14,9 @@ from cluster.memory_bench import MemoryBenchOptions, run_memory_bench
 from cluster.memory_bench_check import mistakes
 from kernels import dense, sparse
 
-TOY = MemoryBenchOptions(width=64, tokens=128, users=8, loop_users=4, code_width=1024, peer=False, seconds=0.01)
+TOY = MemoryBenchOptions(
+    width=64, tokens=128, users=8, loop_users=4, code_width=1024, peer=False, seconds=0.01
+)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import dense, ops
+from kernels import dense, ops, selection
 from kernels.dense import Coefficients, Form
 
 FLOAT32 = 1e-5
@@ -53,9 +53,8 @@ def test_a_token_that_is_not_there_is_no_step():
     eta, theta, alpha = (torch.rand(1, 6, generator=torch.Generator().manual_seed(s)) for s in (1, 2, 3))
     valid = torch.tensor([[True, False, True, True, False, False]])
     with_gaps = dense.coefficients(eta, theta, alpha, valid)
-    without = dense.coefficients(
-        *(x[valid][None] for x in (eta, theta, alpha)), torch.ones(1, 3, dtype=torch.bool)
-    )
+    eta, theta, alpha = (x[valid][None] for x in (eta, theta, alpha))
+    without = dense.coefficients(eta, theta, alpha, torch.ones(1, 3, dtype=torch.bool))
     for name in ("keep_U", "carry_U", "momentum_U"):
         assert torch.allclose(getattr(with_gaps, name), getattr(without, name))
     assert torch.allclose(with_gaps.write_UC[valid], without.write_UC[0])
@@ -105,7 +104,7 @@ def test_a_masked_step_changes_its_block_alone():
     slab, slots = random(4, 20, 30), torch.tensor([3, 1])
     before = slab.clone()
     delta, inputs = random(2, 8, 20), random(2, 8, 30)
-    rows, columns = dense.selected_rows_columns(delta, inputs, torch.ones(2, 8), 0.05)
+    rows, columns = selection.selected_rows_columns(delta, inputs, torch.ones(2, 8), 0.05)
     assert rows.shape[1] * columns.shape[1] <= 0.05 * 600
     ops.masked_step_(
         slab,

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.utils.deterministic as deterministic
 
-from kernels import dense, slab, sparse
+from kernels import dense, selection, slab, sparse
 from kernels.dense import Form
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
@@ -256,14 +256,14 @@ def test_masked_step_is_its_twin(tokens, outs, ins, rows, columns, dtype):
         for n, m in ((outs, rows), (ins, columns))
     ]
     start = W.double()[batch.slots]
-    block = dense.masked_step(
+    block = selection.masked_step(
         start, delta.double(), inputs.double(), weight.double(), keep.double(), decay.double(), *chosen
     )
     got, slots, *rest = on_gpu(W.clone(), batch.slots, delta, inputs, weight, keep, decay, *chosen)
     update.masked_step_(got, slots, *rest)
-    close(got[slots], dense.scatter_block(start, chosen[0], chosen[1], block), TOLERANCE[dtype])
+    close(got[slots], selection.scatter_block(start, chosen[0], chosen[1], block), TOLERANCE[dtype])
     kept = torch.ones_like(W[batch.slots], dtype=torch.bool)
-    kept = dense.scatter_block(kept, chosen[0], chosen[1], torch.zeros_like(block))
+    kept = selection.scatter_block(kept, chosen[0], chosen[1], torch.zeros_like(block))
     assert same_bits(W[batch.slots][kept], got.cpu()[batch.slots][kept]), "only selected places change"
     assert batch.untouched(W, got)
 
