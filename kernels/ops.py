@@ -17,7 +17,6 @@ from kernels import slab, sparse
 from kernels.dense import Coefficients, Form, Gradients
 
 sparse_code = sparse.sparse_code
-touched_rows = sparse.touched_rows
 
 
 def uses_triton(tensor: Tensor) -> bool:
