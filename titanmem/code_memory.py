@@ -84,15 +84,15 @@ def write(
 ) -> Written:
     """One chunk of every user, each in updates of at most `top_k_ratio` of the elements, surprise at their start.
 
-    `gate_UC` float32 is the write gate w. The slab that comes back is a copy. Gradients flow to values, gates and
-    code values, not through the choice of units.
+    `gate_UC` float32 is the write gate w. Without a gradient to keep, the slab is changed in place. Gradients flow to
+    values, gates and code values, not through the choice of units.
     """
     spec, (users, tokens, width) = features.spec, key_UCD.shape
     columns, values = (x.view(users, tokens, -1) for x in features.code(key_UCD.reshape(-1, width)))
     surprise_UC, written_UC = torch.zeros_like(gate_UC), torch.zeros_like(valid_UC)
     forget_U, updates_U = torch.zeros_like(momentum_U1[:, 0]), torch.zeros_like(momentum_U1[:, 0])
     changed_U = valid_UC.new_zeros(users, dtype=torch.int64)
-    slab_UHD, momentum_U = slab_UHD.clone(), momentum_U1[:, 0]
+    slab_UHD, momentum_U = slab_UHD.clone() if torch.is_grad_enabled() else slab_UHD, momentum_U1[:, 0]
     # A gate this low can not reach the threshold: |v - M(k)| is at most about 2 (as in titanmem/fold.py).
     offered = valid_UC & (gate_UC >= spec.surprise_threshold / 2)
     group_UC = (offered.cumsum(1) - 1) // spec.tokens_per_update

@@ -133,7 +133,7 @@ class DenseMemory(nn.Module):
         return Written(
             weights=[new for new, _ in steps],
             momentum=[new for _, new in steps],
-            surprise_UC=self.surprise(found),
+            surprise_UC=self.surprise(found) * valid_UC,
             written_UC=valid_UC,
             forget_U=1 - c.keep_U,
             changed_U=valid_UC.any(1) * self.spec.parameters,
@@ -152,7 +152,7 @@ class DenseMemory(nn.Module):
     ) -> Written:
         """Steps 1-5 of the sparse rule; elements that are not selected keep their bits."""
         spec = self.spec
-        surprise_UC = self.surprise(found)
+        surprise_UC = self.surprise(found) * valid_UC
         written_UC = valid_UC & (surprise_UC >= spec.surprise_threshold)
         some_U = written_UC.any(1)
         momentum_UL = surprise_momentum(

@@ -132,12 +132,11 @@ class NeuralMemory(nn.Module):
         """
         state = self.new_state(len(x))
         call = next(iter(self._calls(state, x, None)))[1]
-        rows = call.key.flatten(0, 1)
         if self.dense is not None:
             found = self.dense.read_and_gradients(state.weights, None, call.key, call.value)[2]
             self.dense.surprise_scale_L.copy_(found.norm_LUC.flatten(1).mean(1).clamp_min(1e-6))
             return
-        features = self.features.features(rows)
+        features = self.features.features(call.key.flatten(0, 1))
         self.features.whiten(features.mean(0), torch.cov(features.T))
 
     # -- one walk over chunks --------------------------------------------------------------------------------------
@@ -190,9 +189,8 @@ class NeuralMemory(nn.Module):
         """Every chunk of a call in order; the state after the last."""
         read, chunks = [], []
         weights, momentum, updates = part.weights, part.momentum, part.updates_U
-        if (
-            not torch.is_grad_enabled()
-        ):  # a copy that chunks may change in place; a refused call keeps the old one
+        if not torch.is_grad_enabled():
+            # A copy that chunks may change in place: a user who is refused keeps the old one.
             weights, momentum = [x.clone() for x in weights], [x.clone() for x in momentum]
         for start in range(0, call.hidden.shape[1], self.spec.chunk_size):
             cut = slice(start, start + self.spec.chunk_size)

@@ -55,6 +55,7 @@ def test_company_changes_no_bit(kind):
         assert torch.equal(y_alone[0], y[alone, :length])
         assert torch.equal(report_alone.surprise[0], report.surprise[alone, :length])
         assert not bool(report.written[alone, length:].any())
+        assert not bool(report.surprise[alone, length:].any())
 
 
 @pytest.mark.parametrize("kind", KINDS)
