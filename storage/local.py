@@ -12,6 +12,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -46,12 +47,15 @@ class LocalObjects:
         self.root = Path(root).absolute()
         self.url = f"file://{self.root}"
         self._lock_timeout_s = lock_timeout_s
+        self._folder: tuple[int, int] | None = None
+        """Device and inode of `root`, from when it was first seen."""
 
     def get(self, name: str) -> tuple[bytes, str] | None:
         with self._reporting("read", name):
             try:
                 data = self._path(name).read_bytes()
             except _NO_OBJECT:
+                self._check_root()  # gone since we looked?
                 return None
             return data, _tag(data)
 
@@ -148,6 +152,7 @@ class LocalObjects:
     def _swap_in(self, temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
         flush_folder(path.parent)
+        self._check_root()  # the first write has made it: from now on it is known
 
     def _make_folder(self, folder: Path) -> None:
         """Makes `folder` durably: each new folder is flushed into the one that holds it."""
@@ -174,6 +179,7 @@ class LocalObjects:
             with os.scandir(folder) as entries:
                 found = [(e.name + "/" if e.is_dir() else e.name, e) for e in entries if e.name[0] != "."]
         except (FileNotFoundError, NotADirectoryError):
+            self._check_root()
             return
         for local_name, entry in sorted(found, key=lambda pair: pair[0]):
             name = begin + local_name
@@ -182,10 +188,10 @@ class LocalObjects:
                     yield from self._walk(Path(entry.path), name, prefix)
             elif name.startswith(prefix):
                 try:
-                    stat = entry.stat()
+                    status = entry.stat()
                 except FileNotFoundError:
                     continue  # deleted while we listed
-                yield ObjectInfo(name, stat.st_size, datetime.fromtimestamp(stat.st_mtime, UTC))
+                yield ObjectInfo(name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
     @contextlib.contextmanager
     def _locked(self, folder: Path) -> Iterator[None]:
@@ -213,6 +219,7 @@ class LocalObjects:
 
     @contextlib.contextmanager
     def _reporting(self, what: str, name: str) -> Iterator[None]:
+        self._check_root()
         try:
             yield
         except OSError as error:
@@ -222,3 +229,26 @@ class LocalObjects:
                 name=name,
                 errno=error.errno,
             ) from error
+
+    def _check_root(self) -> None:
+        """Raises StoreUnavailable if `root` is not the folder that it was: an unmounted disk is no empty store, and
+        what is written below its mount point is lost to sight when it comes back."""
+        try:
+            found = self.root.stat()
+        except FileNotFoundError:
+            if self._folder is not None:
+                raise StoreUnavailable(
+                    f"{self.url}: the folder was here and is gone. Mount its disk again, or restart on another store."
+                ) from None
+            return
+        except OSError as error:
+            raise StoreUnavailable(f"{self.url}: {error.strerror or error}", errno=error.errno) from error
+        if not stat.S_ISDIR(found.st_mode):
+            raise StoreUnavailable(f"{self.url}: is a file, and must be a folder")
+        folder = found.st_dev, found.st_ino
+        if self._folder is None:
+            self._folder = folder
+        elif folder != self._folder:
+            raise StoreUnavailable(
+                f"{self.url}: is another folder than it was. Mount its disk again, or restart on another store."
+            )

@@ -255,8 +255,35 @@ def test_a_lock_held_by_a_frozen_process_is_an_error_not_a_hang(tmp_path: Path) 
 def test_folders_that_can_not_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     objects = LocalObjects(tmp_path / "file")
-    with pytest.raises(StoreUnavailable, match="Check that the folder exists"):
+    with pytest.raises(StoreUnavailable, match="is a file, and must be a folder"):
         objects.probe()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_folder_that_vanished_is_no_empty_store(tmp_path: Path, again: bool) -> None:
+    """What an unmounted disk looks like: the folder is gone, or the bare mount point is there instead."""
+    objects = LocalObjects(tmp_path / "store")
+    assert objects.get("a/b") is None
+    assert list(objects.list()) == [], "before its first write a store is empty, not gone"
+    objects.put("a/b", b"x")
+    (tmp_path / "store").rename(tmp_path / "away")
+    if again:
+        (tmp_path / "store").mkdir()
+    said = "is another folder than it was" if again else "was here and is gone"
+    for use in (
+        lambda: objects.get("a/b"),
+        lambda: list(objects.list()),
+        lambda: objects.put("a/b", b"y"),
+        lambda: objects.open_read("a/b"),
+        lambda: objects.delete("a/b"),
+    ):
+        with pytest.raises(StoreUnavailable, match=said):
+            use()
+    assert not (tmp_path / "store" / "a").exists(), "nothing was written below the mount point"
+    if again:
+        (tmp_path / "store").rmdir()
+    (tmp_path / "away").rename(tmp_path / "store")
+    assert (objects.get("a/b") or (b"", ""))[0] == b"x", "mounted again, it serves again"
 
 
 def test_writing_and_deleting_side_by_side(tmp_path: Path) -> None:
