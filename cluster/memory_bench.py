@@ -8,6 +8,7 @@ Axes: U users, T tokens, H code width, D value width, K active units.
 from __future__ import annotations
 
 import datetime
+import importlib
 import platform
 import statistics
 import threading
@@ -140,12 +141,11 @@ def peer_store_and_read(options: MemoryBenchOptions, expansion: int, users: int)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the peer's own, at import
-            from titans_pytorch import MemoryMLP
-            from titans_pytorch import NeuralMemory as PeerMemory
+            theirs = importlib.import_module("titans_pytorch")  # an extra, so it may be missing
     except ImportError:
         return None
-    model = MemoryMLP(options.width, depth=DEPTH, expansion_factor=expansion)
-    peer = PeerMemory(dim=options.width, chunk_size=CHUNK, model=model)
+    model = theirs.MemoryMLP(options.width, depth=DEPTH, expansion_factor=expansion)
+    peer = theirs.NeuralMemory(dim=options.width, chunk_size=CHUNK, model=model)
     peer(torch.randn(1, 4 * CHUNK, options.width))
     x = torch.randn(users, options.tokens, options.width)
     start = time.perf_counter()
