@@ -44,6 +44,7 @@ COMMANDS = [
     "snapshot verify",
     "snapshot restore",
     "snapshot prune",
+    "bench memory",
     "bench needle",
     "train",
     "doctor",
