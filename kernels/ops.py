@@ -90,8 +90,7 @@ def sparse_update(
         slab_SHD, slots_U, tokens_U, columns_NK, values_NK, target_ND, weight_N, alpha_U
     )
     new_MD = new_MD.to(slab_SHD.dtype)
-    if not bool(torch.isfinite(new_MD.sum(dtype=torch.float32))):  # one sum shows any NaN or infinity
-        raise ValueError("update refused: a non-finite value would enter the memory")
+    _check_finite(new_MD)
     return rows_M, new_MD
 
 
@@ -187,5 +186,6 @@ def masked_step_(
 
 
 def _check_finite(*inputs: Tensor) -> None:
+    """Raises ValueError. One sum shows any NaN or infinity."""
     if not all(bool(torch.isfinite(x.sum(dtype=torch.float32))) for x in inputs):
         raise ValueError("update refused: a non-finite value would enter the memory")

@@ -124,7 +124,7 @@ class DenseMemory(nn.Module):
             pair = weights[layer], momentum[layer]
             decayed = decay * W[layer] if decay else None
             if _on_kernels(delta) and (decayed is None or self.spec.retention == "decay"):
-                ops.dense_step_(*pair, _everyone(delta)[0], delta, inputs, c, decay)
+                ops.dense_step_(*pair, _slots(delta), delta, inputs, c, decay)
             elif torch.is_grad_enabled() or not all(x.dtype == delta.dtype for x in pair):
                 pair = dense.step(*pair, delta, inputs, c, decayed)
             else:
@@ -206,7 +206,7 @@ class DenseMemory(nn.Module):
         arguments = (delta_UCO, input_UCI, weight_UC, keep_U, decay_U, rows_Ur, columns_Uc)
         if _on_kernels(delta_UCO):
             moved = W_UOI.clone()
-            ops.masked_step_(moved, _everyone(delta_UCO)[0], *arguments)
+            ops.masked_step_(moved, _slots(delta_UCO), *arguments)
         else:
             block = selection.masked_step(W_UOI, *arguments)
             moved = selection.scatter_block(W_UOI, rows_Ur, columns_Uc, block)
@@ -218,11 +218,15 @@ def _on_kernels(x: Tensor) -> bool:
     return ops.uses_triton(x) and not torch.is_grad_enabled()
 
 
+def _slots(x_UCD: Tensor) -> Tensor:
+    """A state's users as the kernels' slots."""
+    return torch.arange(len(x_UCD), device=x_UCD.device)
+
+
 def _everyone(x_UCD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The kernels' view of users who are all there with all their tokens: slots, x, counts of tokens."""
-    users, tokens, _ = x_UCD.shape
-    slots_U = torch.arange(users, device=x_UCD.device)
-    return slots_U, x_UCD.contiguous(), torch.full_like(slots_U, tokens)
+    slots_U = _slots(x_UCD)
+    return slots_U, x_UCD, torch.full_like(slots_U, x_UCD.shape[1])
 
 
 def surprise_momentum(momentum_UL: Tensor, norm_LUC: Tensor, valid_UC: Tensor, beta: float) -> Tensor:

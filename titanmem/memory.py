@@ -89,11 +89,11 @@ class NeuralMemory(nn.Module):
 
         `valid` bool [U, T] says which tokens exist; others are read as nothing came there.
         """
-        out = x.new_zeros(*x.shape[:2], self.spec.width)
+        out: Tensor | None = None
         for users, call, part in self._calls(state, x, valid):
-            y = _fitted(self.out(self._read(part.weights, call.query)), x.shape[1])
-            out = y if len(users) == len(x) else out.index_put((users,), y)
-        return out
+            y = self.out(self._read(part.weights, call.query))
+            out = _placed(out, users, _fitted(y, x.shape[1]), len(x))
+        return x.new_zeros(*x.shape[:2], self.spec.width) if out is None else out
 
     def update(self, state: MemoryState, x: Tensor, valid: Tensor | None = None) -> UpdateReport:
         """Write x [U, T, E] into the users' θ_M, chunk by chunk.
@@ -161,8 +161,7 @@ class NeuralMemory(nn.Module):
             good = part.finite() & finite[group]
             refused[group[~good]] = True
             if reads and read:
-                y = _fitted(self.out(torch.cat(read, 1)), tokens)
-                out = y if len(group) == users else self._put(out, group, y, users)
+                out = _placed(out, group, _fitted(self.out(torch.cat(read, 1)), tokens), users)
             surprise = surprise.index_put(
                 (group,), _fitted(torch.cat([c.surprise_UC for c in chunks], 1), tokens)
             )
@@ -176,12 +175,6 @@ class NeuralMemory(nn.Module):
         return out, UpdateReport(
             surprise=surprise, written=written, forget=forget, changed=changed, refused=refused
         )
-
-    @staticmethod
-    def _put(out: Tensor | None, group: Tensor, y: Tensor, users: int) -> Tensor:
-        """`y` of a group of users among all of them."""
-        out = y.new_zeros(users, *y.shape[1:]) if out is None else out
-        return out.index_put((group,), y)
 
     def _chunks(
         self, part: MemoryState, call: _Call, *, reads: bool
@@ -294,6 +287,14 @@ def _fitted(x_UT: Tensor, tokens: int) -> Tensor:
     if missing <= 0:
         return x_UT[:, :tokens]
     return torch.cat([x_UT, x_UT.new_zeros(len(x_UT), missing, *x_UT.shape[2:])], 1)
+
+
+def _placed(out: Tensor | None, users: Tensor, part: Tensor, count: int) -> Tensor:
+    """`part` as the rows `users` of `count` rows; the others as in `out`, zeros where there is none yet."""
+    if len(users) == count:
+        return part
+    out = part.new_zeros(count, *part.shape[1:]) if out is None else out
+    return out.index_put((users,), part)
 
 
 def _mask(users: Tensor, count: int) -> Tensor:
