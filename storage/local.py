@@ -79,9 +79,11 @@ class LocalObjects:
     def put_file(self, name: str, path: Path) -> None:
         target = self._path(name)
         with open(path, "rb") as source, self._reporting("write", name):
-            temporary = self._temporary(target, _COPY)
+            with self._locked(target.parent):  # the new file keeps the folder from being removed as empty
+                temporary = self._temporary(target, _COPY)
+                file = open(temporary, "xb")  # noqa: SIM115: closed below, when the lock is long gone
             try:
-                with open(temporary, "xb") as file:
+                with file:
                     shutil.copyfileobj(source, file, 1 << 20)
                     file.flush()
                     os.fsync(file.fileno())
@@ -143,10 +145,12 @@ class LocalObjects:
         with os.scandir(path.parent) as entries:
             for entry in entries:
                 is_copy = entry.name.startswith(_COPY)
-                if is_copy and time.time() - entry.stat().st_mtime < _COPY_STALE_S:
-                    continue
-                if is_copy or (kind == _WRITE and entry.name.startswith(_WRITE)):
-                    os.unlink(entry.path)
+                # A copy is written without the lock: its writer may give it up while we look.
+                with contextlib.suppress(FileNotFoundError):
+                    if is_copy and time.time() - entry.stat().st_mtime < _COPY_STALE_S:
+                        continue
+                    if is_copy or (kind == _WRITE and entry.name.startswith(_WRITE)):
+                        os.unlink(entry.path)
         return path.parent / f"{kind}{secrets.token_hex(8)}"
 
     def _swap_in(self, temporary: Path, path: Path) -> None:

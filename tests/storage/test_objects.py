@@ -298,6 +298,21 @@ def test_writing_and_deleting_side_by_side(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert list(objects.list()) == []
+
+
+def test_copies_into_one_folder_side_by_side(tmp_path: Path) -> None:
+    """A copy is made outside the lock: others begin, end and are deleted around it."""
+    objects = LocalObjects(tmp_path / "store")
+    (tmp_path / "part").write_bytes(b"x" * 100)
+
+    def work(number: int) -> None:
+        for _ in range(60):
+            objects.put_file(f"snapshot/part-{number}", tmp_path / "part")
+            objects.delete(f"snapshot/part-{number}")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert list(objects.list()) == []
     assert os.listdir(tmp_path / "store") == [".locks"]
 
 
