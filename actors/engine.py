@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 LANE_GROUP = 8
 """Rows of one decode step. One row alone takes another product in the BLAS, with other bits."""
 PREFILL_WIDTH_MIN = 32
-WINDOWS_OF_PROMPT = 4
-"""Windows of a prompt that are prefilled: each layer sees one window further back, no token before can matter."""
 
 Ending = Literal["stop", "length", "cancelled"]
 
@@ -83,8 +81,8 @@ class Engine:
         self._thread: threading.Thread | None = None
 
     def prompt_of(self, tokens: np.ndarray) -> np.ndarray:
-        """The end of a prompt that can still matter to the next token."""
-        return tokens[-WINDOWS_OF_PROMPT * self.window :]
+        """The end of a prompt that can still matter to the next token: each layer sees one window further back."""
+        return tokens[-self.decoder.config.num_hidden_layers * self.window :]
 
     @property
     def running(self) -> int:

@@ -4,10 +4,11 @@
     └── ShardError
         ├── NotOwner       the shard does not own that bucket: the caller's map is stale
         ├── ShardNotOpen   the shard is starting, stopping or fenced
-        └── QueueFull      the shard's queue has no room
+        ├── QueueFull      the shard's queue has no room
+        └── NoMemoryWeights  the model that is served has no memory
 
 Nothing was looked at or written. The router asks again elsewhere or later for the first two; the third is
-answered 429.
+answered 429, the fourth 409.
 """
 
 from __future__ import annotations
@@ -39,3 +40,15 @@ class QueueFull(ShardError):
 
     def __init__(self, what: str, retry_after_s: float = 1.0) -> None:
         super().__init__(f"{what} is full; try again later", what=what, retry_after_s=retry_after_s)
+
+
+class NoMemoryWeights(ShardError):
+    """The checkpoint in folder `model` has no memory weights, so nobody's memory can be written or read."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"{no_memory(model)}: chat works without memory, nothing else does", model=model)
+
+
+def no_memory(model: str) -> str:
+    """What is said of a checkpoint without memory weights, at the start and in errors: what to do stands in it."""
+    return f"{model} has no memory weights; `titanmem train --model {model}` adds them"

@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from actors.consolidation import Consolidator
 from actors.engine import Engine
-from actors.errors import QueueFull
+from actors.errors import NoMemoryWeights, QueueFull, no_memory
 from actors.figures import Figures
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from actors.options import KeeperOptions
@@ -50,6 +51,7 @@ class MemoryKeeper:
     ) -> None:
         self.options, self.engine, self.roster = options, engine, roster
         self._tokenizer, self._figures = tokenizer, figures
+        self._remembers = engine.decoder.config.remembers
         self._turns: set[asyncio.Task[None]] = set()
         self._busy = 0
         self.consolidator = Consolidator(roster, figures, options.consolidate_after_s)
@@ -60,16 +62,13 @@ class MemoryKeeper:
     async def chat(self, call: ChatCall) -> AsyncGenerator[TokenEvent | DoneEvent, None]:
         """The reply's tokens, then one `DoneEvent` when all is in the journal. Closing it ends the reply at once.
 
-        Raises QueueFull, JournalFull, BadMemoryFile, StoreError.
+        Memory is `off` where the model has none. Raises QueueFull, JournalFull, BadMemoryFile, StoreError.
         """
         self._admit()
         turn = Turn(
-            call=call,
-            engine=self.engine,
-            roster=self.roster,
-            tokenizer=self._tokenizer,
-            seed=self.options.seed,
-        )
+            call=call if self._remembers else replace(call, memory="off"), engine=self.engine,
+            roster=self.roster, tokenizer=self._tokenizer, seed=self.options.seed,
+        )  # fmt: skip
         task = asyncio.create_task(turn.run())
         self._turns.add(task)
         task.add_done_callback(self._ended)
@@ -86,6 +85,7 @@ class MemoryKeeper:
 
     async def ingest(self, call: IngestCall) -> IngestOutcome:
         """Write a piece of a document; the same update id again returns what it did the first time."""
+        self._need_memory()
         self._admit()
         try:
             with continued(call.trace, "update_memory"):
@@ -124,6 +124,10 @@ class MemoryKeeper:
             duplicate=bool(len(call.tokens)),
         )  # fmt: skip
 
+    def _need_memory(self) -> None:
+        if not self._remembers:
+            raise NoMemoryWeights(self.options.model)
+
     def _admit(self) -> None:
         if self._busy >= self.options.queue_max:
             raise QueueFull(f"the queue of {self.options.shard}")
@@ -139,7 +143,8 @@ class MemoryKeeper:
 
     @asynccontextmanager
     async def _known(self, key: UserKey) -> AsyncIterator[Resident]:
-        """The user's turn; NoSuchMemory for somebody who has never been told anything."""
+        """The user's turn; NoSuchMemory for somebody who has never been told anything, NoMemoryWeights for all."""
+        self._need_memory()
         async with self.roster.turn(key) as resident:
             if not resident.memory_version:
                 self.roster.drop(resident)
@@ -199,6 +204,7 @@ class MemoryKeeper:
 
     async def import_(self, key: UserKey, data: bytes) -> dict[str, Any]:
         """Replace the memory by a file's; a file that breaks a rule changes nothing."""
+        self._need_memory()
         layout = self.roster.vault.layout
         memory = await asyncio.to_thread(
             lambda: decode(data, expect_base=layout.base, expect_shape=layout.shape, name="the file sent")
@@ -281,7 +287,7 @@ class MemoryKeeper:
 
     async def _activate_pending(self) -> None:
         """Users whose newest tokens are in the journal only come in, so that they can be stored."""
-        for key in self.roster.journal.users_pending():
+        for key in self.roster.journal.users_pending() if self._remembers else ():
             async with self.roster.turn(key):
                 pass
 
@@ -370,9 +376,11 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     """Load the model, open store and journal, start the engine. Raises what keeps it from serving, naming it."""
     folder = Path(options.model)
     config = await asyncio.to_thread(DecoderConfig.load, folder)
-    overrides = {**options.spec_overrides, "mode": options.mode, "rule": options.rule}
-    spec = config.memory.overridden(overrides)
-    decoder = await asyncio.to_thread(load_decoder, folder)
+    config = config.overridden({**options.spec_overrides, "mode": options.mode, "rule": options.rule})
+    spec = config.memory
+    decoder = await asyncio.to_thread(load_decoder, folder, config)
+    if not config.remembers:
+        logger.warning("%s: memory is off for every request", no_memory(options.model))
     store = await asyncio.to_thread(open_store, options.store_url)
     figures = Figures(options.shard)
     slab = Slab(spec, options.slots)

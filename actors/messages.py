@@ -70,6 +70,8 @@ class DoneEvent:
     """Largest normalised surprise of this turn, 0 when nothing was offered."""
     text: str = ""
     """The whole reply, stop strings already cut."""
+    memory: MemoryAccess = "read_write"
+    """What was done, which is not what was asked for where the model has no memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

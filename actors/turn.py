@@ -78,7 +78,7 @@ class Turn:
             finish_reason=done.finish_reason, prompt_tokens=done.prompt_tokens,
             completion_tokens=done.completion_tokens, memory_version=resident.memory_version,
             tokens_written=sum(fold.tokens_written for fold in self.folds),
-            surprise=max((fold.surprise for fold in self.folds), default=0.0), text=done.text,
+            surprise=max((fold.surprise for fold in self.folds), default=0.0), text=done.text, memory=done.memory,
         )  # fmt: skip
 
     async def _journal_prompt(self, resident: Resident) -> list[Segment]:
@@ -151,6 +151,7 @@ class Turn:
         return DoneEvent(
             finish_reason=ending, prompt_tokens=len(prompt), completion_tokens=len(self._ids),
             memory_version=resident.memory_version if resident else 0, tokens_written=0, surprise=0.0, text=text,
+            memory=call.memory,
         )  # fmt: skip
 
     async def _follow(self, steps: asyncio.Queue, generation: Generation) -> tuple[Ending, str]:

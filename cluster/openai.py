@@ -211,6 +211,7 @@ def usage(done: DoneEvent) -> dict[str, int]:
 def titan(done: DoneEvent) -> dict[str, Any]:
     """Our extension of an answer."""
     return {
+        "memory": done.memory,
         "memory_version": done.memory_version,
         "tokens_written": done.tokens_written,
         "surprise": done.surprise,

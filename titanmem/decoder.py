@@ -1,8 +1,8 @@
 """θ_F: one compact Llama-family decoder with a memory between its lower and its upper layers.
 
-Pre-RMSNorm, rotary positions, query-key norm, SwiGLU, sliding-window attention (the Qwen3 layout). In mode `mac`
-the first upper layer attends over [what the memory said for each token of the window || the tokens of the window]
-(Titans, section 4.1, eq. 21-23).
+Pre-RMSNorm, rotary positions, SwiGLU, sliding-window attention; norms and biases as the config says (the shipped
+layout is Qwen3's). In mode `mac` the first upper layer attends over [what the memory said for each token of the
+window || the tokens of the window] (Titans, section 4.1, eq. 21-23).
 
 Two ways through the same weights: `blocks` for many tokens at once without a cache (training, folding a segment),
 `cached` for a conversation (prefill by chunk, then token by token).
@@ -18,14 +18,23 @@ from torch import Tensor, nn
 
 from titanmem.cache import Cache, window_mask
 from titanmem.decoder_config import DecoderConfig
+from titanmem.no_memory import NoMemory
+from titanmem.rope import RopeScaling
 from titanmem.token_memory import SparseMemory, unit_rms
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles at `positions` [..., T], each [..., T, Z] (RoFormer, arXiv 2104.09864)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    if scaling is not None:
+        frequency = torch.tensor(scaling.scaled(frequency.tolist(), theta), device=positions.device)
     angle = positions[..., None].float() * frequency
-    return torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+    cosine, sine = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+    if scaling is not None and scaling.amplitude != 1.0:
+        cosine, sine = cosine * scaling.amplitude, sine * scaling.amplitude
+    return cosine, sine
 
 
 def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -41,12 +50,12 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         width, head = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
-        self.q_norm = nn.RMSNorm(head, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(head, eps=config.rms_norm_eps)
+        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=config.o_bias)
+        self.q_norm = nn.RMSNorm(head, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def split(self, x_BTX: Tensor) -> Tensor:
         """[B, T, A*Z] -> [B, A, T, Z]."""
@@ -79,9 +88,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -162,16 +172,26 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """θ_F with the shared part of θ_M."""
 
+    embed_conv: nn.Parameter
+    """[E, taps]; None at run time where the config has no convolution."""
+    memory: SparseMemory
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_conv = nn.Parameter(torch.zeros(config.hidden_size, config.embedding_conv))
+        taps = config.embedding_conv
+        self.register_parameter(
+            "embed_conv", nn.Parameter(torch.zeros(config.hidden_size, taps)) if taps > 1 else None
+        )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         """Of `Layer`; see `stack`, which has their type."""
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.memory = SparseMemory(config.hidden_size, config.memory)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        kind = SparseMemory if config.remembers else NoMemory
+        self.memory = kind(config.hidden_size, config.memory)
 
     @property
     def stack(self) -> list[Layer]:
@@ -184,13 +204,16 @@ class Decoder(nn.Module):
         Returns x [B, T, E] and the plain embeddings with those before them, [B, T + taps - 1, E].
         """
         plain = torch.cat([before_BCE, self.embed_tokens(tokens_BT)], 1)
+        if self.config.embedding_conv == 1:
+            return plain, plain
         taps = self.embed_conv
         mixed = F.conv1d(plain.transpose(1, 2), taps[:, None], groups=len(taps)).transpose(1, 2)
         return plain[:, before_BCE.shape[1] :] + mixed, plain
 
     def turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary cosine and sine, ready to broadcast over heads."""
-        cosine, sine = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        cosine, sine = rotary(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         return (cosine[:, None], sine[:, None]) if positions.dim() == 2 else (cosine, sine)
 
     def zeros(self, rows: int, tokens: int) -> Tensor:

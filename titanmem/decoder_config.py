@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from titanmem.checkpoint import CONFIG, MEMORY_CONFIG, MemoryConfig, read_json
 from titanmem.errors import ModelFolderError
+from titanmem.huggingface import FAMILIES, decoder_values
+from titanmem.rope import RopeScaling
 from titanmem.spec import MemorySpec
 
 MODEL_TYPE = "titanmem_llama"
@@ -25,7 +27,9 @@ UNUSED = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig:
-    """A Llama-family decoder with query-key norm (the Qwen3 layout) and a memory between its lower and upper layers."""
+    """A Llama-family decoder with a memory between its lower and upper layers; the defaults are the shipped layout,
+    Qwen3's and a convolution on the embeddings. `titanmem.huggingface` says what other families set.
+    """
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -36,8 +40,21 @@ class DecoderConfig:
     head_dim: int = 64
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = True
+    """RMSNorm on each head's queries and keys."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    """Bias on what attention gives back."""
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    """The head's weights are the embeddings."""
     embedding_conv: int = 4
     """Taps of a causal depthwise convolution on the embeddings, tokens; 1 is none."""
+    window_max: int = 65536
+    """Tokens that the checkpoint's own attention sees: `memory.window` is at most that."""
+    remembers: bool = True
+    """Whether the checkpoint has a memory. Without one, `memory` says the window and nothing else."""
     memory_layer: int = 2
     """First layer that sees the memory. Layers below never read it, so keys, values and gates of any number of
     tokens are computed in parallel and ingest runs these layers alone."""
@@ -49,12 +66,24 @@ class DecoderConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= 1_000_000:
                 raise ValueError(f"config.json: {name} = {value!r}: must be a whole number from 1 to 1000000")
+        for name in ("qk_norm", "qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings", "remembers"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"config.json: {name} = {getattr(self, name)!r}: must be true or false")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1e12:
+                raise ValueError(f"config.json: {name} = {value!r}: must be a number above 0")
+        if self.head_dim % 2:
+            raise ValueError(f"config.json: head_dim = {self.head_dim}: must be even, for rotary positions")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config.json: num_key_value_heads = {self.num_key_value_heads}: must divide "
                 f"num_attention_heads = {self.num_attention_heads}"
             )
-        if not 1 <= self.memory_layer < self.num_hidden_layers:
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        if self.remembers and not 1 <= self.memory_layer < self.num_hidden_layers:
             raise ValueError(
                 f"config.json: memory_layer = {self.memory_layer}: must be from 1 to {self.num_hidden_layers - 1}"
             )
@@ -66,27 +95,63 @@ class DecoderConfig:
                 )
         if self.memory.writes_all:
             raise ValueError("memory.written_layers = 'all': the decoder serves last")
+        if self.memory.window > self.window_max:
+            raise ValueError(
+                f"memory.window = {self.memory.window}: the checkpoint's attention sees {self.window_max} tokens"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
-        """From the parsed `config.json`; unknown names are left to other readers of the file."""
-        if values.get("model_type") != MODEL_TYPE:
+        """From the parsed `config.json` of ours or of `FAMILIES`; unknown names are left to other readers of it."""
+        family = values.get("model_type")
+        if family in FAMILIES:
+            return cls(**decoder_values(values))
+        if family != MODEL_TYPE:
             raise ValueError(
-                f"config.json: model_type = {values.get('model_type')!r}: this release reads {MODEL_TYPE}"
+                f"config.json: model_type = {family!r}: this release reads {MODEL_TYPE}, {', '.join(FAMILIES)}"
             )
         own = {name: values[name] for name in cls.__slots__ if name in values and name != "memory"}
+        if own.get("rope_scaling"):
+            own["rope_scaling"] = RopeScaling.from_dict(own["rope_scaling"])
         return cls(**own, memory=MemorySpec().overridden(values.get("memory", {})))
 
     @classmethod
     def load(cls, folder: Path) -> DecoderConfig:
-        """Read `config.json` of a model folder; ModelFolderError names the file and what is wrong."""
-        path = folder / "config.json"
+        """Read `config.json` of a model folder, and `titanmem.json` if it is there (`titanmem.checkpoint`).
+
+        Raises ModelFolderError naming the file and what is wrong.
+        """
+        values = read_json(folder / CONFIG)
         try:
-            return cls.from_dict(json.loads(path.read_text("utf-8")))
-        except FileNotFoundError as error:
-            raise ModelFolderError(f"{folder}: config.json is missing") from error
-        except (ValueError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            config = cls.from_dict(values)
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            raise ModelFolderError(f"{folder / CONFIG}: {error}") from error
+        found = MemoryConfig.load(folder)
+        if found is None:
+            return config
+        path = folder / MEMORY_CONFIG
+        if config.remembers:
+            raise ModelFolderError(f"{path}: this checkpoint has a memory of its own; move this file away")
+        try:
+            return config.with_memory(found.memory, found.memory_layer)
+        except (ValueError, TypeError) as error:
             raise ModelFolderError(f"{path}: {error}") from error
+
+    def with_memory(self, spec: MemorySpec, memory_layer: int) -> DecoderConfig:
+        """The same decoder with such a memory, its window clipped to the checkpoint's own."""
+        return replace(self, memory=self._clipped(spec), memory_layer=memory_layer, remembers=True)
+
+    def overridden(self, knobs: Mapping[str, Any]) -> DecoderConfig:
+        """With an operator's knobs of the memory, the window clipped likewise; ValueError for one that is unfit."""
+        return replace(self, memory=self._clipped(self.memory.overridden(knobs)))
+
+    def _clipped(self, spec: MemorySpec) -> MemorySpec:
+        window = min(spec.window, self.window_max)
+        return (
+            spec
+            if window == spec.window
+            else replace(spec, window=window, chunk_size=min(spec.chunk_size, window))
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to `config.json`."""
@@ -96,8 +161,8 @@ class DecoderConfig:
             "model_type": MODEL_TYPE,
             "hidden_act": "silu",
             "sliding_window": self.memory.window,
-            "tie_word_embeddings": False,
             "torch_dtype": "float16",
             **own,
+            "rope_scaling": self.rope_scaling and self.rope_scaling.to_dict(),
             "memory": self.memory.to_dict(),
         }

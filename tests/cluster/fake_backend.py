@@ -160,6 +160,7 @@ class FakeBackend(Backend):
             tokens_written=len(call.messages[-1].tokens) if writes else 0,
             surprise=0.5 if writes else 0.0,
             text=text,
+            memory=call.memory,
         )
 
     # memories

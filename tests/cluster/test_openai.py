@@ -56,7 +56,8 @@ def test_a_whole_answer_has_openais_shape_and_ours(client, backend):
     assert answer.usage.prompt_tokens == prompt
     assert answer.usage.completion_tokens == tokenizer.encode(said).size
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    assert answer.titan == {"memory_version": 1, "tokens_written": prompt - 1, "surprise": 0.5}
+    said = {"memory": "read_write", "memory_version": 1, "tokens_written": prompt - 1, "surprise": 0.5}
+    assert answer.titan == said
 
 
 def test_a_stream_begins_with_the_role_and_ends_with_reason_and_memory(client, backend):
