@@ -7,9 +7,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from actors.errors import no_memory
 from cluster.config import Config
 from cluster.errors import ClusterError
 from storage.store import open_store
+from titanmem.checkpoint import weight_map
 from titanmem.decoder_config import DecoderConfig
 from titanmem.tokenizer import ChatTokenizer
 
@@ -29,10 +31,9 @@ def check(config: Config) -> None:
         check_ray_address(config.ray_address)
     ChatTokenizer(config.model_folder)
     model = DecoderConfig.load(config.model_folder)
-    if not any(config.model_folder.glob("*.safetensors")):
-        raise CannotServe(f"{config.model_folder}: no weights (*.safetensors) in the model folder")
+    weight_map(config.model_folder)
     try:
-        model.memory.overridden({"mode": config.mode, "rule": config.rule, **config.spec})
+        model.overridden({"mode": config.mode, "rule": config.rule, **config.spec})
     except ValueError as error:
         raise CannotServe(f"spec: {error}") from None
     try:
@@ -40,6 +41,16 @@ def check(config: Config) -> None:
         Path(config.journal_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CannotServe(f"{error.filename}: {error.strerror}") from None
+
+
+def remarks(config: Config) -> list[str]:
+    """What the operator should know of a model that is served all the same."""
+    folder, said = config.model_folder, []
+    if not DecoderConfig.load(folder).remembers:
+        said.append(f"memory is off for every request: {no_memory(str(folder))}")
+    if ChatTokenizer(folder).has_plain_template:
+        said.append(f"{folder} has no chat template: messages become lines `User: …` and `Assistant: …`")
+    return said
 
 
 def check_port(host: str, port: int, wait_s: float = PORT_WAIT_S) -> None:

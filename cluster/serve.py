@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
-from cluster.preflight import CannotServe, check, machine_gpus
+from cluster.preflight import CannotServe, check, machine_gpus, remarks
 from storage.errors import TitanmemError
 
 READY_TIMEOUT_S = 300.0
@@ -55,6 +55,8 @@ def run(config: Config, say: Say | None = None) -> None:
     with Signals() as signals:
         try:
             check(config)
+            for remark in remarks(config):
+                say(remark)
             prepare_environment(config)
             server = Server(config, say, signals)
             try:

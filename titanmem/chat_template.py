@@ -30,6 +30,13 @@ DEFAULT_TEMPLATE = (
 )
 """Our own models' template. A message begins with a control token, so messages are tokenised one by one."""
 
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""For a checkpoint that was never taught to chat and has no template. Its replies end where `max_tokens` or the
+request's `stop` (say, `\\nUser:`) says, or at its end-of-sequence token."""
+
 MARK = "\ufdd0"
 """A Unicode noncharacter: never part of interchanged text; one that comes all the same turns into U+FFFD."""
 

@@ -125,7 +125,7 @@ class DecoderConfig:
         try:
             config = cls.from_dict(values)
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-            raise ModelFolderError(f"{folder / CONFIG}: {error}") from error
+            raise ModelFolderError(f"{folder / CONFIG}: {str(error).removeprefix('config.json: ')}") from error
         found = MemoryConfig.load(folder)
         if found is None:
             return config
@@ -135,7 +135,7 @@ class DecoderConfig:
         try:
             return config.with_memory(found.memory, found.memory_layer)
         except (ValueError, TypeError) as error:
-            raise ModelFolderError(f"{path}: {error}") from error
+            raise ModelFolderError(f"{path}: {str(error).removeprefix('config.json: ')}") from error
 
     def with_memory(self, spec: MemorySpec, memory_layer: int) -> DecoderConfig:
         """The same decoder with such a memory, its window clipped to the checkpoint's own."""

@@ -132,7 +132,7 @@ def _without_memory(folder: Path) -> DecoderConfig:
     try:
         return DecoderConfig.from_dict(values)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ModelFolderError(f"{folder / CONFIG}: {error}") from error
+        raise ModelFolderError(f"{folder / CONFIG}: {str(error).removeprefix('config.json: ')}") from error
 
 
 def _shapes(config: DecoderConfig) -> Decoder:

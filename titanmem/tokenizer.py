@@ -5,7 +5,9 @@
 | `tokenizer.json` | the tokenizer (the `tokenizers` library) |
 | `tokenizer_config.json` | `bos_token`, `eos_token`, `chat_template` |
 | `chat_template.jinja` | the template; wins over the one in `tokenizer_config.json` |
-| `generation_config.json` | `eos_token_id`, one or several; may be missing |
+| `generation_config.json` | `eos_token_id`, one or several; where it says nothing, the one of `config.json` counts |
+
+A checkpoint of another maker that has no template gets a plain one (`PLAIN_TEMPLATE`), which is said at the start.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ import xxhash
 from tokenizers import Tokenizer
 
 from storage.errors import shorten
-from titanmem.chat_template import DEFAULT_TEMPLATE, MARK, ChatTemplate, Message
+from titanmem.chat_template import DEFAULT_TEMPLATE, MARK, PLAIN_TEMPLATE, ChatTemplate, Message
 from titanmem.errors import ChatTemplateError, ModelFolderError
+from titanmem.huggingface import FAMILIES
 
 ROLES = ("system", "user", "assistant")
 END = "<|end|>"
@@ -85,9 +88,12 @@ class ChatTokenizer:
         self.eos_token = _token_text(config.get("eos_token"))
         self.stop_ids = self._find_stop_ids()
         self.vocab_size = self._tokenizer.get_vocab_size()
+        template = _load_template(self.folder, config)
+        self.has_plain_template = template is PLAIN_TEMPLATE
+        """Whether the folder has no template of its own."""
         try:
             self._template = ChatTemplate(
-                _load_template(self.folder, config),
+                template,
                 controls=self._controls,
                 variables={"bos_token": self.bos_token, "eos_token": self.eos_token},
             )
@@ -138,9 +144,11 @@ class ChatTokenizer:
         return np.concatenate(pieces)
 
     def _find_stop_ids(self) -> frozenset[int]:
-        """Ids that end a reply: those of `generation_config.json` and the end-of-sequence token."""
-        generation = _load_json(self.folder, "generation_config.json", optional=True)
-        found = generation.get("eos_token_id")
+        """Ids that end a reply: those of `generation_config.json` (else `config.json`) and the end-of-sequence token."""
+        files = (
+            _load_json(self.folder, name, optional=True) for name in ("generation_config.json", "config.json")
+        )
+        found = next((ids for file in files if (ids := file.get("eos_token_id")) is not None), None)
         ids = set(found if isinstance(found, list) else [] if found is None else [found])
         eos = self._tokenizer.token_to_id(self.eos_token) if self.eos_token else None
         ids |= set() if eos is None else {eos}
@@ -251,6 +259,8 @@ def _load_template(folder: Path, config: dict[str, Any]) -> str:
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones, as Hugging Face allows
         template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    if template is None and _load_json(folder, "config.json", optional=True).get("model_type") in FAMILIES:
+        return PLAIN_TEMPLATE
     if not isinstance(template, str):
         raise ModelFolderError(
             f"{folder}: chat_template.jinja is missing, and tokenizer_config.json holds no chat_template"

@@ -32,8 +32,6 @@ DISK_BYTES_MIN = 10**9
 FILES_WANTED = 4096
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 PINNED = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^;\s]+)\s*$")
-WEIGHTS = "*.safetensors"
-MODEL_FILES = ("config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,32 +188,29 @@ def open_files(_: Config) -> Finding:
 def model(config: Config) -> Finding:
     """The folder has its files, they can be read, and weights and tokenizer fit the config's sizes."""
     folder = config.model_folder
-    missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
-    if not any(folder.glob(WEIGHTS)):
-        missing.append(WEIGHTS)
-    if missing:
-        found = f"{folder} lacks {', '.join(missing)}" if folder.is_dir() else f"{folder} does not exist"
+    if not folder.is_dir():
+        found = f"{folder} does not exist"
         return Finding(name="model", status="broken", found=found, advice="give --model a model folder")
-    from safetensors import SafetensorError, safe_open
-    from tokenizers import Tokenizer
-
+    from cluster.preflight import remarks
     from titanmem.decoder_config import DecoderConfig
+    from titanmem.folder import check_folder
+    from titanmem.tokenizer import ChatTokenizer
 
     try:
-        shape = DecoderConfig.load(folder)
-        words = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
-        tensors = 0
-        for path in folder.glob(WEIGHTS):
-            with safe_open(path, framework="np") as weights:
-                tensors += len(list(weights.keys()))
-    except (TitanmemError, ValueError, OSError, SafetensorError) as error:
+        shape = DecoderConfig.load(folder).overridden(
+            {"mode": config.mode, "rule": config.rule, **config.spec}
+        )
+        words = ChatTokenizer(folder).vocab_size
+        tensors = check_folder(folder)
+    except (TitanmemError, ValueError) as error:
         return Finding(name="model", status="broken", found=str(error), advice="copy the folder again")
-    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot read
-        return Finding(name="model", status="broken", found=f"{folder}: tokenizer.json: {error}")
     if words > shape.vocab_size:
         found = f"{folder}: the tokenizer has {words} words, the weights {shape.vocab_size}"
         return Finding(name="model", status="broken", found=found, advice="take both from one model")
-    return Finding(name="model", status="ok", found=f"{folder}: {tensors} tensors, {words:,} words")
+    found = f"{folder}: {tensors} tensors, {words:,} words"
+    said = remarks(config)
+    status: Status = "warning" if said else "ok"
+    return Finding(name="model", status=status, found=found, advice="; ".join(said))
 
 
 def store(config: Config) -> Finding:

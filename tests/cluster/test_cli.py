@@ -366,10 +366,14 @@ def test_a_taken_port_is_broken_and_a_free_one_is_not() -> None:
 def test_a_model_folder_is_looked_into(tmp_path: Path) -> None:
     assert "does not exist" in finding(checks.model, model=str(tmp_path / "none")).found
     (tmp_path / "config.json").write_text("{}")
-    assert "lacks tokenizer.json, *.safetensors" in finding(checks.model, model=str(tmp_path)).found
-    (tmp_path / "tokenizer.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"12345678")
-    assert finding(checks.model, model=str(tmp_path)).status == "broken"
+    assert "model_type = None" in finding(checks.model, model=str(tmp_path)).found
+    whole = tiny_folder(tmp_path / "model")
+    assert finding(checks.model, model=str(whole)).status == "ok"
+    (whole / "model.safetensors").write_bytes(b"12345678")
+    assert "not a safetensors file" in finding(checks.model, model=str(whole)).found
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        (whole / name).unlink()
+        assert f"{name} is missing" in finding(checks.model, model=str(whole)).found
 
 
 def test_a_store_that_cannot_be_written_is_broken(tmp_path: Path) -> None:
