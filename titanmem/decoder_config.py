@@ -125,7 +125,9 @@ class DecoderConfig:
         try:
             config = cls.from_dict(values)
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-            raise ModelFolderError(f"{folder / CONFIG}: {str(error).removeprefix('config.json: ')}") from error
+            raise ModelFolderError(
+                f"{folder / CONFIG}: {str(error).removeprefix('config.json: ')}"
+            ) from error
         found = MemoryConfig.load(folder)
         if found is None:
             return config

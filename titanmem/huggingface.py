@@ -44,7 +44,7 @@ def decoder_values(values: Mapping[str, Any]) -> dict[str, Any]:
     heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
     theta, scaling = _rope(values)
     window_max = _sliding_window(family, values)
-    window = min(WINDOW, *(w for w in (window_max, values.get("max_position_embeddings")) if w))
+    window = min(w for w in (WINDOW, window_max, values.get("max_position_embeddings")) if w)
     spec = MemorySpec()
     own = {
         "rope_theta": theta,

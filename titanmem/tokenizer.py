@@ -81,6 +81,8 @@ class ChatTokenizer:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self._tokenizer = _load_tokenizer(self.folder)
+        self._inner = _inner_tokenizer(self._tokenizer)
+        """For text that is not the beginning of a prompt or document."""
         config = _load_json(self.folder, "tokenizer_config.json")
         added = self._tokenizer.get_added_tokens_decoder()
         self._controls = {token.content: index for index, token in added.items() if token.special}
@@ -100,12 +102,16 @@ class ChatTokenizer:
         except ChatTemplateError as error:
             raise ModelFolderError(f"{self.folder}: {error}") from error
 
-    def encode(self, text: str) -> np.ndarray:
-        """int32 [n]: ids of plain text of any length. What looks like a control token stays text."""
+    def encode(self, text: str, *, inside: bool = False) -> np.ndarray:
+        """int32 [n]: ids of plain text of any length. What looks like a control token stays text.
+
+        With `inside`, other text or a control token stands before it.
+        """
         pieces, start = [], 0
         while True:
             end = block_end(text, start)
-            block = self._tokenizer.encode(text[start:end], add_special_tokens=False)
+            tokenizer = self._inner if inside or start else self._tokenizer
+            block = tokenizer.encode(text[start:end], add_special_tokens=False)
             pieces.append(np.array(block.ids, dtype=np.int32))
             if end == len(text):
                 return np.concatenate(pieces)
@@ -121,30 +127,31 @@ class ChatTokenizer:
         Messages are mappings of `role` and `content`. Raises ChatTemplateError if the template refuses them.
         """
         rendered = self._template.render(messages)
-        parts, digest = [], 0
+        parts, digest, inside = [], 0, False
         for message, text in zip(messages, rendered.parts, strict=True):
             digest = prefix_hash(digest, message["role"], message["content"])
-            parts.append(
-                MessageTokens(role=message["role"], tokens=self._encode_rendered(text), prefix_hash=digest)
-            )
-        return tuple(parts), self._encode_rendered(rendered.generation_prompt)
+            tokens = self._encode_rendered(text, inside)
+            parts.append(MessageTokens(role=message["role"], tokens=tokens, prefix_hash=digest))
+            inside = inside or bool(text)
+        return tuple(parts), self._encode_rendered(rendered.generation_prompt, inside)
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder for one reply, fed with its ids as they come."""
         return StreamDecoder(self)
 
-    def _encode_rendered(self, text: str) -> np.ndarray:
+    def _encode_rendered(self, text: str, inside: bool) -> np.ndarray:
         """int32 [n]: the template's control tokens by their literals, all between them as plain text."""
         pieces, last = [np.empty(0, np.int32)], 0
         for match in self._template.controls.finditer(text):
-            pieces.append(self.encode(text[last : match.start()].replace(MARK, "")))
+            before = text[last : match.start()].replace(MARK, "")
+            pieces.append(self.encode(before, inside=inside or last > 0))
             pieces.append(np.array([self._controls[match.group()]], dtype=np.int32))
             last = match.end()
-        pieces.append(self.encode(text[last:].replace(MARK, "")))
+        pieces.append(self.encode(text[last:].replace(MARK, ""), inside=inside or last > 0))
         return np.concatenate(pieces)
 
     def _find_stop_ids(self) -> frozenset[int]:
-        """Ids that end a reply: those of `generation_config.json` (else `config.json`) and the end-of-sequence token."""
+        """Ids that end a reply: of `generation_config.json`, else `config.json`, and the end-of-sequence token."""
         files = (
             _load_json(self.folder, name, optional=True) for name in ("generation_config.json", "config.json")
         )
@@ -229,6 +236,20 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _inner_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The same, but for the space that tokenizers of sentencepiece put before the first word of a text."""
+    document = json.loads(tokenizer.to_str())
+    top = document.get("pre_tokenizer") or {}
+    steps = [step for step in (top, *top.get("pretokenizers", [])) if step.get("prepend_scheme") == "first"]
+    if not steps:
+        return tokenizer
+    for step in steps:
+        step["prepend_scheme"] = "never"
+    inner = Tokenizer.from_str(json.dumps(document))
+    inner.encode_special_tokens = True
+    return inner
 
 
 def _load_json(folder: Path, name: str, *, optional: bool = False) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from cluster.commands.checks import Finding
 from cluster.commands.terminal import CommandFailed, figure, printable
 from cluster.config import Config
 from storage.errors import NoSuchMemory
+from tests.tiny_model import tiny_folder
 
 COMMANDS = [
     "serve",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.config import Config, laptop
-from cluster.preflight import CannotServe, check, check_port, check_ray_address, machine_gpus
+from cluster.preflight import CannotServe, check, check_port, check_ray_address, machine_gpus, remarks
 from cluster.serve import address, welcome
 from storage.errors import StoreUnavailable, TitanmemError
 from tests.servers import free_port
@@ -48,6 +48,27 @@ def test_a_model_folder_that_lacks_a_file(tmp_path: Path, model: Path, missing: 
 def test_a_model_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match="nowhere"):
         check(config(tmp_path, tmp_path / "nowhere"))
+
+
+def test_a_model_that_remembers_needs_no_remark(tmp_path: Path, model: Path) -> None:
+    assert remarks(config(tmp_path, model)) == []
+
+
+def test_a_checkpoint_without_memory_or_template_is_remarked_on(tmp_path: Path, model: Path) -> None:
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    llama = {"model_type": "llama", "num_attention_heads": 2, **sizes}
+    (model / "config.json").write_text(json.dumps(llama))
+    (model / "chat_template.jinja").unlink()
+    check(config(tmp_path, model))
+    memory, template = remarks(config(tmp_path, model))
+    assert memory.startswith("memory is off for every request")
+    assert f"`titanmem train --model {model}`" in memory
+    assert "no chat template" in template
+    (model / "model.safetensors").rename(model / "elsewhere")
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFolderError, match=r"model-00001-of-00002\.safetensors is missing"):
+        check(config(tmp_path, model))
 
 
 def test_knobs_that_do_not_go_with_the_model(tmp_path: Path, model: Path) -> None:

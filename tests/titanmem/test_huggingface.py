@@ -258,7 +258,7 @@ def test_shards_are_one_checkpoint_and_each_is_named(tmp_path):
     assert base_hash(folder) != name
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": "../elsewhere.safetensors"}}))
-    with pytest.raises(ModelFolderError, match="is no .safetensors file of the folder"):
+    with pytest.raises(ModelFolderError, match=r"is no \.safetensors file of the folder"):
         load_decoder(folder)
     index.write_text("{}")
     with pytest.raises(ModelFolderError, match="weight_map must name"):
@@ -336,7 +336,9 @@ def test_a_memory_lies_beside_the_checkpoint_and_comes_back(tmp_path):
     assert (decoder.config.remembers, decoder.config.memory_layer, decoder.config.memory) == (True, 2, SPEC)
     for name, tensor in trained.state_dict().items():
         assert torch.equal(decoder.state_dict()[name], tensor), name
-    assert check_folder(folder) == len(load_file(folder / "model.safetensors")) + len(trained.memory.state_dict())
+    assert check_folder(folder) == len(load_file(folder / "model.safetensors")) + len(
+        trained.memory.state_dict()
+    )
     tokens, read = tokens_of(WINDOW), torch.randn(1, WINDOW, 16)
     values = decoder.memory.vocabulary_values(decoder.embed_tokens.weight)
     x, _ = decoder.lower_blocks(tokens)
@@ -358,7 +360,10 @@ def test_a_memory_that_does_not_fit_is_refused(tmp_path):
         ({"base": "0" * 32}, r"titanmem\.json: a memory for base 0000.*this checkpoint is"),
         ({"format": 2}, r"titanmem\.json: format = 2"),
         ({"memory_layer": 3}, r"titanmem\.json: memory_layer = 3"),
-        ({"memory": {**document["memory"], "key_dim": 8}}, r"memory\.safetensors: memory\.\w+ .*titanmem\.json asks"),
+        (
+            {"memory": {**document["memory"], "key_dim": 8}},
+            r"memory\.safetensors: memory\.\w+ .*titanmem\.json asks",
+        ),
         ({"memory": {**document["memory"], "new": 1}}, r"titanmem\.json: memory\.new: unknown"),
         ({"memory": None}, r"titanmem\.json: "),
     ):
@@ -371,7 +376,9 @@ def test_a_memory_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ModelFolderError, match=r"memory\.safetensors: missing tensors .'memory\.w1'"):
         load_decoder(folder)
     weights.unlink()
-    with pytest.raises(ModelFolderError, match=r"memory\.safetensors is missing, which belongs to titanmem\.json"):
+    with pytest.raises(
+        ModelFolderError, match=r"memory\.safetensors is missing, which belongs to titanmem\.json"
+    ):
         load_decoder(folder)
     save_file(tensors, weights)
     wide = saved(reference("Llama", hidden_size=64), tmp_path / "two")

@@ -9,7 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from titanmem.chat_template import DEFAULT_TEMPLATE
 from titanmem.errors import ChatTemplateError, ModelFolderError
@@ -290,3 +290,107 @@ def test_threads_may_share_one(folder):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+# checkpoints of other makers
+
+LLAMA3 = (  # the shape of Llama 3's, without its tools
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
+    " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3_SPECIALS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+]
+
+
+def foreign(folder, specials, template, **config):
+    """A checkpoint's tokenizer files, as transformers writes them; and transformers' own reading of them."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    bos = processors.TemplateProcessing(single=f"{specials[0]} $A", special_tokens=[(specials[0], 0)])
+    tokenizer.post_processor = bos
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **config)
+    fast.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": [1, 2]}))
+    return fast
+
+
+@pytest.mark.parametrize("messages", [TALK, TALK[1:], TALK[1:2]], ids=["system", "talk", "one"])
+@pytest.mark.parametrize("name", ["llama3", "chatml"])
+def test_ids_of_a_checkpoint_are_those_of_apply_chat_template(name, messages, tmp_path):
+    if name == "llama3":
+        specials, template = LLAMA3_SPECIALS, LLAMA3
+        config = {"bos_token": specials[0], "eos_token": "<|eot_id|>"}
+    else:
+        specials, template = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], CHATML
+        config = {"bos_token": None, "eos_token": "<|im_end|>"}
+    fast = foreign(tmp_path, specials, template, **config)
+    tokenizer = ChatTokenizer(tmp_path)
+    parts, prompt = tokenizer.render(messages)
+    ids = ids_of(parts) + prompt.tolist()
+    assert ids == fast.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert ids.count(0) == (name == "llama3"), "the template's bos, and no second one"
+    assert not tokenizer.has_plain_template
+
+
+def test_several_ids_may_end_a_reply_of_a_checkpoint(tmp_path):
+    foreign(tmp_path, LLAMA3_SPECIALS, LLAMA3, bos_token=LLAMA3_SPECIALS[0], eos_token="<|eot_id|>")
+    assert ChatTokenizer(tmp_path).stop_ids == {1, 2}, "config.json names them where no other file does"
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 1]}))
+    assert ChatTokenizer(tmp_path).stop_ids == {1, 2, 4}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 3}))
+    assert ChatTokenizer(tmp_path).stop_ids == {2, 3}
+
+
+def test_a_checkpoint_without_a_template_gets_a_plain_one(tmp_path):
+    fast = foreign(tmp_path, LLAMA3_SPECIALS, None, bos_token=LLAMA3_SPECIALS[0], eos_token="<|end_of_text|>")
+    tokenizer = ChatTokenizer(tmp_path)
+    assert tokenizer.has_plain_template
+    parts, prompt = tokenizer.render(TALK[1:3])
+    ids = ids_of(parts) + prompt.tolist()
+    assert ids[0] == 0
+    assert ids[1:].count(0) == 0
+    said = f"User: {TALK[1]['content']}\nAssistant: {TALK[2]['content']}\nAssistant:"
+    assert fast.decode(ids[1:]) == said
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "titanmem_llama"}))
+    with pytest.raises(ModelFolderError, match=r"chat_template\.jinja is missing"):
+        ChatTokenizer(tmp_path)
+
+
+def test_a_space_before_the_first_word_stands_before_the_first_alone(tmp_path):
+    """Tokenizers that come from sentencepiece: Mistral's, and newer conversions of Llama 2's."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT + "[INST] [/INST] " * 20], trainer)
+    for template in (MISTRAL, MISTRAL.removeprefix("{{ bos_token }}")):
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=template
+        )
+        fast.save_pretrained(tmp_path)
+        parts, prompt = ChatTokenizer(tmp_path).render(TALK[1:])
+        whole = fast.apply_chat_template(TALK[1:], add_generation_prompt=True)["input_ids"]
+        assert ids_of(parts) + prompt.tolist() == whole
