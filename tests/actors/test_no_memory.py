@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from titanmem.spec import MemorySpec
 from titanmem.tokenizer import ChatTokenizer, write_chat_files
 
 ALICE = UserKey("local", "alice")
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip

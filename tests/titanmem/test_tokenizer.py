@@ -6,6 +6,7 @@ import json
 import random
 import re
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -312,6 +313,10 @@ LLAMA3_SPECIALS = [
 ]
 
 
+def hugging_face_ids(fast: Any, messages: list[dict[str, str]]) -> list[int]:
+    return fast.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
 def foreign(folder, specials, template, **config):
     """A checkpoint's tokenizer files, as transformers writes them; and transformers' own reading of them."""
     from transformers import PreTrainedTokenizerFast
@@ -345,7 +350,7 @@ def test_ids_of_a_checkpoint_are_those_of_apply_chat_template(name, messages, tm
     tokenizer = ChatTokenizer(tmp_path)
     parts, prompt = tokenizer.render(messages)
     ids = ids_of(parts) + prompt.tolist()
-    assert ids == fast.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert ids == hugging_face_ids(fast, messages)
     assert ids.count(0) == (name == "llama3"), "the template's bos, and no second one"
     assert not tokenizer.has_plain_template
 
@@ -392,5 +397,5 @@ def test_a_space_before_the_first_word_stands_before_the_first_alone(tmp_path):
         )
         fast.save_pretrained(tmp_path)
         parts, prompt = ChatTokenizer(tmp_path).render(TALK[1:])
-        whole = fast.apply_chat_template(TALK[1:], add_generation_prompt=True)["input_ids"]
+        whole = hugging_face_ids(fast, TALK[1:])
         assert ids_of(parts) + prompt.tolist() == whole
