@@ -44,6 +44,8 @@ class Generation:
     """int32 [n], at least one id."""
     resident: Resident | None
     """Whose memory is read; None for memory `off`."""
+    mode: str
+    """How the memory meets attention."""
     max_tokens: int
     temperature: float
     top_p: float
@@ -143,8 +145,8 @@ class Engine:
             for start in range(0, len(self._lanes), LANE_GROUP):
                 group = self._lanes[start : start + LANE_GROUP]
                 ready = [g for g in group if g is not None and g.filled >= len(g.prompt)]
-                if ready:
-                    self._guarded(self._decode, ready)
+                for mode in sorted({g.mode for g in ready}):
+                    self._guarded(self._decode, [g for g in ready if g.mode == mode])
 
     def _guarded(self, work: Callable[[list[Generation]], None], members: list[Generation]) -> None:
         """A step that fails ends its own conversations with the error and leaves all others alone."""
@@ -204,7 +206,7 @@ class Engine:
         cache.begin(torch.tensor([len(part)]), tokens.shape[1])
         x, query = self.decoder.lower_cached(tokens, cache)
         read = self._read(query[0], [generation.resident] * tokens.shape[1])[None]
-        out = self.decoder.upper_cached(x, read, cache)
+        out = self.decoder.upper_cached(x, read, cache, generation.mode)
         cache.advance()
         generation.filled += len(part)
         self.prompt_tokens += len(part)
@@ -213,7 +215,7 @@ class Engine:
             self._take(generation, self.decoder.logits(out[:, last], read[:, last], self.values_VD)[0, 0])
 
     def _decode(self, members: list[Generation]) -> None:
-        """One token for every conversation of a group of lanes that has its prompt behind it."""
+        """One token for conversations of one mode in a group of lanes."""
         start = members[0].lane // LANE_GROUP * LANE_GROUP
         tokens = torch.zeros(LANE_GROUP, 1, dtype=torch.int64)
         count = torch.zeros(LANE_GROUP, dtype=torch.int64)
@@ -225,7 +227,7 @@ class Engine:
         cache.begin(count, 1)
         x, query = self.decoder.lower_cached(tokens, cache)
         read = self._read(query[:, 0], residents)[:, None]
-        out = self.decoder.upper_cached(x, read, cache)
+        out = self.decoder.upper_cached(x, read, cache, members[0].mode)
         cache.advance()
         logits = self.decoder.logits(out, read, self.values_VD)
         for generation in members:

@@ -376,7 +376,8 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     """Load the model, open store and journal, start the engine. Raises what keeps it from serving, naming it."""
     folder = Path(options.model)
     config = await asyncio.to_thread(DecoderConfig.load, folder)
-    config = config.overridden({**options.spec_overrides, "mode": options.mode, "rule": options.rule})
+    mode = config.served(options.mode, folder)
+    config = config.overridden({**options.spec_overrides, "mode": mode, "rule": options.rule})
     spec = config.memory
     decoder = await asyncio.to_thread(load_decoder, folder, config)
     if not config.remembers:

@@ -139,8 +139,9 @@ class Turn:
         call = self.call
         self._ids: list[int] = []
         generation = Generation(
-            prompt=self.engine.prompt_of(prompt), resident=resident, max_tokens=call.max_tokens,
-            temperature=call.temperature, top_p=call.top_p, seed=self.seed if call.seed is None else call.seed,
+            prompt=self.engine.prompt_of(prompt), resident=resident, mode=call.mode or self.roster.spec.mode,
+            max_tokens=call.max_tokens, temperature=call.temperature, top_p=call.top_p,
+            seed=self.seed if call.seed is None else call.seed,
             stop_ids=self.tokenizer.stop_ids, emit=hand, finish=hand,
         )  # fmt: skip
         self.generation = generation

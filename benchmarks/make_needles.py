@@ -9,9 +9,12 @@ from pathlib import Path
 
 from titanmem.corpus import read_text, words_of
 from titanmem.needles import heldout_needles, write_needles
+from titanmem.phrasebook import load
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit("usage: python benchmarks/make_needles.py TEXT…")
     words = words_of([read_text(Path(name)) for name in sys.argv[1:]])
-    write_needles(Path(__file__).parent / "needles" / "heldout.jsonl", heldout_needles(words, 400, seed=7))
+    write_needles(
+        Path(__file__).parent / "needles" / "heldout.jsonl", heldout_needles(words, load(), 2_200, seed=7)
+    )

@@ -80,9 +80,10 @@ def _user(request: Request, chat: ChatRequest) -> str:
 
 async def _call(door: Door, request: Request, chat: ChatRequest, key: UserKey, span: Span) -> ChatCall:
     settings, options = door.settings, chat.titan
-    if options and options.mode and options.mode != settings.mode:
+    if options and options.mode and options.mode not in settings.modes:
         message = (
-            f"titan.mode: {shorten(options.mode, 32)!r} is not served; this server runs {settings.mode!r}."
+            f"titan.mode: {shorten(options.mode, 32)!r} is not served; "
+            f"this server's model was trained for {', '.join(settings.modes)}."
         )
         raise BadRequest(message, "titan.mode", "unsupported_value")
     messages = [{"role": ROLES[m.role], "content": m.content} for m in chat.messages]

@@ -17,6 +17,7 @@ from cluster.errors import BadRequest, Forbidden
 from cluster.metrics import DoorMetrics
 from storage.names import UserKey
 from storage.titanmem import TITANMEM_BYTES_MAX
+from titanmem.decoder_config import DecoderConfig
 from titanmem.tokenizer import ChatTokenizer
 
 IDEMPOTENCY_CHARS_MAX = 200
@@ -30,8 +31,8 @@ class DoorSettings:
 
     model: str
     """The name that clients call the model by."""
-    mode: str = "mac"
-    """How memory meets attention here; a request that asks for another mode is refused."""
+    modes: tuple[str, ...] = ("mac",)
+    """How memory can meet attention here; a request that asks for another mode is refused."""
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Tenant → bearer key; empty: one tenant `local` and no keys."""
     admin_key: str | None = field(default=None, repr=False)
@@ -75,7 +76,7 @@ class DoorSettings:
         """The door's part of a cluster's configuration."""
         return cls(
             model=model,
-            mode=config.mode,
+            modes=DecoderConfig.load(config.model_folder).modes,
             api_keys=config.api_keys,
             admin_key=config.admin_key,
             body_bytes_max=config.body_bytes_max,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,6 +35,8 @@ NEEDLES = ROOT / "benchmarks" / "needles" / "heldout.jsonl"
 HAYSTACK = ROOT / "examples" / "decline-and-fall.txt.xz"
 HAYSTACK_CHARS_MAX = 12_000_000
 REPLY_TOKENS_MAX = 40
+PERSIST_TOKENS = 65536
+"""A store in a temporary folder is no part of what is measured: as few versions as may be."""
 
 Report = Callable[[str, float], None]
 
@@ -57,12 +60,12 @@ class NeedleOptions:
     consolidate: int | None = None
     """Passes over the reservoir before the questions; None is what serving does while a user rests."""
 
-    @property
-    def passes(self) -> int:
-        """Passes that are made."""
-        if self.consolidate is not None:
-            return self.consolidate
-        return PASSES if Config().consolidate_after_s else 0
+
+def passes_of(consolidate: int | None) -> int:
+    """Passes over the reservoir that are made; None asks for what serving does while a user rests."""
+    if consolidate is not None:
+        return consolidate
+    return PASSES if Config().consolidate_after_s else 0
 
 
 def run_needle_bench(options: NeedleOptions, report: Report = lambda what, share: None) -> dict[str, Any]:
@@ -88,7 +91,7 @@ async def _run(options: NeedleOptions, report: Report) -> dict[str, Any]:
                 slots=2,
                 mode=options.mode,
                 rule=options.rule,
-                persist_tokens=65536,
+                persist_tokens=PERSIST_TOKENS,
                 consolidate_after_s=0.0,  # when it is to be is said below
             )
         )
@@ -113,7 +116,7 @@ async def _run(options: NeedleOptions, report: Report) -> dict[str, Any]:
         "mode": options.mode,
         "rule": options.rule,
         "memory": options.memory,
-        "consolidate": options.passes,
+        "consolidate": passes_of(options.consolidate),
         "chunk_size": spec.chunk_size,
         "window": spec.window,
         "seed": options.seed,
@@ -145,12 +148,14 @@ class _Run:
             report(f"{length:,} tokens: reading", done + share * 0.9 * (place + len(piece)) / length)
         ingest_s = time.perf_counter() - started
         await self.keeper.flush()
-        if self.options.passes:
+        if passes := passes_of(self.options.consolidate):
             report(f"{length:,} tokens: consolidating", done + share * 0.9)
-            await self.keeper.consolidator.consolidate(self.key, self.options.passes)
+            await self.keeper.consolidator.consolidate(self.key, passes)
         replies, first_s = [], []
         for number, needle in enumerate(self.needles):
-            reply, seconds = await self.ask(needle.question, number)
+            reply, seconds = await said_to(
+                self.keeper, self.tokenizer, self.key, needle.question, self.options.memory, REPLY_TOKENS_MAX
+            )
             replies.append(reply)
             first_s.append(seconds)
             report(f"{length:,} tokens: asking", done + share * (0.9 + 0.1 * number / len(self.needles)))
@@ -164,26 +169,31 @@ class _Run:
             "replies": replies,
         }
 
-    async def ask(self, question: str, number: int) -> tuple[str, float]:
-        """The reply to one question in a conversation of its own, and the seconds to its first token."""
-        parts, prompt = self.tokenizer.render([{"role": "user", "content": question}])
-        call = ChatCall(
-            key=self.key,
-            request_id=f"q{number}",
-            update_id=f"q{number}",
-            messages=tuple(
-                RenderedMessage(role=p.role, tokens=p.tokens, prefix_hash=p.prefix_hash) for p in parts
-            ),
-            generation_prompt=prompt,
-            max_tokens=REPLY_TOKENS_MAX,
-            memory=self.options.memory,  # type: ignore[arg-type]
-        )
-        started, first_s = time.perf_counter(), 0.0
-        async for event in self.keeper.chat(call):
-            first_s = first_s or time.perf_counter() - started
-            if isinstance(event, DoneEvent):
-                return event.text, first_s
-        raise RuntimeError("a reply ended without its last event")
+
+async def said_to(
+    keeper: MemoryKeeper, tokenizer: ChatTokenizer, key: UserKey, text: str, memory: str, most: int
+) -> tuple[str, float]:
+    """The reply to a message in a conversation of its own, and the seconds to its first token."""
+    parts, prompt = tokenizer.render([{"role": "user", "content": text}])
+    name = secrets.token_hex(8)
+    call = ChatCall(
+        key=key,
+        request_id=name,
+        update_id=name,
+        conversation=name,
+        messages=tuple(
+            RenderedMessage(role=p.role, tokens=p.tokens, prefix_hash=p.prefix_hash) for p in parts
+        ),
+        generation_prompt=prompt,
+        max_tokens=most,
+        memory=memory,  # type: ignore[arg-type]
+    )
+    started, first_s = time.perf_counter(), 0.0
+    async for event in keeper.chat(call):
+        first_s = first_s or time.perf_counter() - started
+        if isinstance(event, DoneEvent):
+            return event.text, first_s
+    raise RuntimeError("a reply ended without its last event")
 
 
 def _summed(length: int, runs: list[dict[str, Any]], keeper: MemoryKeeper) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def check(config: Config) -> None:
     ChatTokenizer(config.model_folder)
     model = DecoderConfig.load(config.model_folder)
     weight_map(config.model_folder)
+    model.served(config.mode, config.model_folder)
     try:
         model.overridden({"mode": config.mode, "rule": config.rule, **config.spec})
     except ValueError as error:

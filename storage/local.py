@@ -81,7 +81,7 @@ class LocalObjects:
         with open(path, "rb") as source, self._reporting("write", name):
             with self._locked(target.parent):  # the new file keeps the folder from being removed as empty
                 temporary = self._temporary(target, _COPY)
-                file = open(temporary, "xb")  # noqa: SIM115: closed below, when the lock is long gone
+                file = open(temporary, "xb")  # noqa: SIM115 (closed below, when the lock is long gone)
             try:
                 with file:
                     shutil.copyfileobj(source, file, 1 << 20)

@@ -21,19 +21,23 @@ def tiny_config(vocab_size: int = 400) -> DecoderConfig:
         d_nltm=32, key_dim=16, value_dim=16, code_width=512, code_active=8, conv=4, chunk_size=16, window=16
     )
     return DecoderConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, memory=memory,
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=4, memory_layer=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, memory=memory,
     )  # fmt: skip
 
 
 def tiny_decoder(seed: int = 0, gate_bias: float = 0.0) -> Decoder:
-    """Random weights; with `gate_bias` 0 about half of all tokens are offered to the memory."""
+    """Random weights; with `gate_bias` 0 about half of all tokens are offered to the memory; none is skimmed over."""
     torch.manual_seed(seed)
     decoder = Decoder(tiny_config())
     with torch.no_grad():
         decoder.embed_conv.normal_(std=0.3)
         decoder.memory.gate_out.bias.fill_(gate_bias)
         decoder.memory.gate_out.weight.mul_(3.0)
+        decoder.memory.skim.bias.fill_(99.0)
+        decoder.memory.mag_proj.weight.normal_()
+        decoder.memory.around_proj.weight.normal_(std=0.05)
+        decoder.memory.lookahead.o_proj.weight.normal_(std=0.05)
     return decoder.eval().requires_grad_(False)
 
 

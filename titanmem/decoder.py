@@ -1,8 +1,9 @@
 """θ_F: one compact Llama-family decoder with a memory between its lower and its upper layers.
 
 Pre-RMSNorm, rotary positions, SwiGLU, sliding-window attention; norms and biases as the config says (the shipped
-layout is Qwen3's). In mode `mac` the first upper layer attends over [what the memory said for each token of the
-window || the tokens of the window] (Titans, section 4.1, eq. 21-23).
+layout is Qwen3's). The first upper layer meets what the memory said (Titans, section 4): in mode `mac` it attends over
+[what was said for each token of the window || the tokens of the window] (eq. 21-23), in `mag` what it adds is scaled by
+a gate of it (eq. 27-28), in `mal` it works on the sum of its input and of what was said (eq. 29-31).
 
 Two ways through the same weights: `blocks` for many tokens at once without a cache (training, folding a segment),
 `cached` for a conversation (prefill by chunk, then token by token).
@@ -12,6 +13,8 @@ Axes: B rows, T tokens, W window, N blocks, A heads, Z head width, E width, D me
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,28 +22,8 @@ from torch import Tensor, nn
 from titanmem.cache import Cache, window_mask
 from titanmem.decoder_config import DecoderConfig
 from titanmem.no_memory import NoMemory
-from titanmem.rope import RopeScaling
+from titanmem.rotary import rotary, rotated
 from titanmem.token_memory import SparseMemory, unit_rms
-
-
-def rotary(
-    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles at `positions` [..., T], each [..., T, Z] (RoFormer, arXiv 2104.09864)."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    if scaling is not None:
-        frequency = torch.tensor(scaling.scaled(frequency.tolist(), theta), device=positions.device)
-    angle = positions[..., None].float() * frequency
-    cosine, sine = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
-    if scaling is not None and scaling.amplitude != 1.0:
-        cosine, sine = cosine * scaling.amplitude, sine * scaling.amplitude
-    return cosine, sine
-
-
-def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Apply rotary positions to x [B, A, T, Z] (half-split layout, as Hugging Face's Llama)."""
-    first, second = x.chunk(2, -1)
-    return x * cosine + torch.cat([-second, first], -1) * sine
 
 
 class Attention(nn.Module):
@@ -191,7 +174,7 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         kind = SparseMemory if config.remembers else NoMemory
-        self.memory = kind(config.hidden_size, config.memory)
+        self.memory = kind(config.hidden_size, config.vocab_size, config.memory)
 
     @property
     def stack(self) -> list[Layer]:
@@ -227,13 +210,24 @@ class Decoder(nn.Module):
             x = layer.blocks(x, turn, None)
         return x, unit_rms(x)
 
-    def upper_blocks(self, x_BTE: Tensor, read_BTD: Tensor) -> Tensor:
+    def met(
+        self, x: Tensor, read_BTD: Tensor, mode: str, layer: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> Tensor:
+        """The first upper layer, a function of [B, T, E] and a context, where it meets the memory."""
+        if not self.config.remembers:
+            return layer(x, None)
+        if mode == "mag":
+            return x + (layer(x, None) - x) * self.memory.as_gate(read_BTD)
+        context = self.memory.as_context(read_BTD)
+        return layer(x, context) if mode == "mac" else layer(x + context, None)
+
+    def upper_blocks(self, x_BTE: Tensor, read_BTD: Tensor, mode: str = "mac") -> Tensor:
         """Layers from the memory on, for whole rows: normalised output [B, T, E]."""
         turn = self.turn(torch.arange(x_BTE.shape[1], device=x_BTE.device))
-        context = self.memory.as_context(read_BTD)
-        for layer in self.stack[self.config.memory_layer :]:
-            x_BTE = layer.blocks(x_BTE, turn, context)
-            context = None
+        first, *others = self.stack[self.config.memory_layer :]
+        x_BTE = self.met(x_BTE, read_BTD, mode, lambda x, context: first.blocks(x, turn, context))
+        for layer in others:
+            x_BTE = layer.blocks(x_BTE, turn, None)
         return self.norm(x_BTE)
 
     def lower_cached(self, tokens_BT: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
@@ -243,17 +237,18 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.stack[: self.config.memory_layer]):
             x = layer.cached(x, turn, cache, index, None)
         hidden = unit_rms(x)
-        _, query = self.memory.keys_queries(hidden, cache.history)
+        query = self.memory.queries(hidden, cache.history)
         cache.keep(plain, hidden)
         return x, query
 
-    def upper_cached(self, x_BTE: Tensor, read_BTD: Tensor, cache: Cache) -> Tensor:
+    def upper_cached(self, x_BTE: Tensor, read_BTD: Tensor, cache: Cache, mode: str = "mac") -> Tensor:
         """Layers from the memory on for the same tokens: normalised output [B, T, E]; then `cache.advance`."""
-        turn = self.turn(cache.new_positions)
-        context = self.memory.as_context(read_BTD)
-        for index in range(self.config.memory_layer, self.config.num_hidden_layers):
-            x_BTE = self.stack[index].cached(x_BTE, turn, cache, index, context)
-            context = None
+        turn, first = self.turn(cache.new_positions), self.config.memory_layer
+        x_BTE = self.met(
+            x_BTE, read_BTD, mode, lambda x, context: self.stack[first].cached(x, turn, cache, first, context)
+        )
+        for index in range(first + 1, self.config.num_hidden_layers):
+            x_BTE = self.stack[index].cached(x_BTE, turn, cache, index, None)
         return self.norm(x_BTE)
 
     def logits(self, out_BTE: Tensor, read_BTD: Tensor, values_VD: Tensor) -> Tensor:

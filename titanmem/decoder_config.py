@@ -16,7 +16,7 @@ from titanmem.spec import MemorySpec
 MODEL_TYPE = "titanmem_llama"
 
 
-SERVED: dict[str, tuple[str, ...]] = {"rule": ("sparse",), "mode": ("mac",)}
+SERVED: dict[str, tuple[str, ...]] = {"rule": ("sparse",), "mode": ("mac", "mag", "mal")}
 """What this decoder, and with it the server, has of the library's rules and modes."""
 
 UNUSED = frozenset(
@@ -34,7 +34,7 @@ class DecoderConfig:
     vocab_size: int = 4096
     hidden_size: int = 256
     intermediate_size: int = 512
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 5
     num_attention_heads: int = 4
     num_key_value_heads: int = 4
     head_dim: int = 64
@@ -55,9 +55,11 @@ class DecoderConfig:
     """Tokens that the checkpoint's own attention sees: `memory.window` is at most that."""
     remembers: bool = True
     """Whether the checkpoint has a memory. Without one, `memory` says the window and nothing else."""
-    memory_layer: int = 2
+    memory_layer: int = 3
     """First layer that sees the memory. Layers below never read it, so keys, values and gates of any number of
     tokens are computed in parallel and ingest runs these layers alone."""
+    modes: tuple[str, ...] = SERVED["mode"]
+    """Modes that the weights were trained for; a request may ask for any of them."""
     memory: MemorySpec = field(default_factory=MemorySpec)
 
     def __post_init__(self) -> None:
@@ -87,6 +89,10 @@ class DecoderConfig:
             raise ValueError(
                 f"config.json: memory_layer = {self.memory_layer}: must be from 1 to {self.num_hidden_layers - 1}"
             )
+        if not self.modes or set(self.modes) - set(SERVED["mode"]):
+            raise ValueError(
+                f"config.json: modes = {list(self.modes)}: must be some of {list(SERVED['mode'])}"
+            )
         for name, served in SERVED.items():
             if getattr(self.memory, name) not in served:
                 raise ValueError(
@@ -111,6 +117,7 @@ class DecoderConfig:
                 f"config.json: model_type = {family!r}: this release reads {MODEL_TYPE}, {', '.join(FAMILIES)}"
             )
         own = {name: values[name] for name in cls.__slots__ if name in values and name != "memory"}
+        own["modes"] = tuple(values.get("modes", SERVED["mode"]))
         if own.get("rope_scaling"):
             own["rope_scaling"] = RopeScaling.from_dict(own["rope_scaling"])
         return cls(**own, memory=MemorySpec().overridden(values.get("memory", {})))
@@ -155,6 +162,14 @@ class DecoderConfig:
             else replace(spec, window=window, chunk_size=min(spec.chunk_size, window))
         )
 
+    def served(self, mode: str, folder: Path) -> str:
+        """`mode` itself. Raises ModelFolderError for one that the weights were not trained for."""
+        if mode not in self.modes:
+            raise ModelFolderError(
+                f"{folder}: mode {mode!r}: this checkpoint was trained for {', '.join(self.modes)}"
+            )
+        return mode
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to `config.json`."""
         own = {name: getattr(self, name) for name in self.__slots__ if name != "memory"}
@@ -165,6 +180,7 @@ class DecoderConfig:
             "sliding_window": self.memory.window,
             "torch_dtype": "float16",
             **own,
+            "modes": list(self.modes),
             "rope_scaling": self.rope_scaling and self.rope_scaling.to_dict(),
             "memory": self.memory.to_dict(),
         }

@@ -1,9 +1,9 @@
 """Synthetic facts that users tell and ask for: what the memory is trained and measured on.
 
-A fact is a statement with a value in it, questions for that value, and the answer's words up to the value. Answers
-do not repeat names that come from the question: a model this small does not copy unknown names. Words for
-keys and values are split once into a training and a held-out part by hash, and so are combinations of keys; an
-evaluation never meets a value, a name or a combination that training used.
+A fact is somebody's or something's attribute with a value, the ways to say it and the questions for it. Words for keys
+and values are split once into a training and a held-out part by hash, and so are pairs of subject and attribute: an
+evaluation never meets a value, a name or a pair that training used. The phrasings are the phrase book's; what
+recall is worth on phrasings of nobody's book is measured on `benchmarks/needles/freeform.jsonl`.
 """
 
 from __future__ import annotations
@@ -11,25 +11,31 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from titanmem.phrases import CODAS, CODES, LEADS, NUCLEI, OBJECTS, ONSETS, RELATIONS, SINGLES, THINGS
+from titanmem.phrasebook import ME, Attribute, PhraseBook, Subject, another, worded
 
 FAMILIES = ("chat", "person", "number", "word", "passkey")
-WEIGHTS = (0.6, 0.14, 0.14, 0.1, 0.02)
+WEIGHTS = (0.62, 0.16, 0.1, 0.1, 0.02)
+ONSETS = tuple("bdfghjklmnprstvwz") + ("br", "dr", "gr", "kr", "st", "tr", "sh", "th", "ch")
+NUCLEI = ("a", "e", "i", "o", "u", "ai", "ea", "ou", "ie")
+CODAS = ("", "", "n", "s", "r", "l", "x", "ck", "th", "m")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+          "December")  # fmt: skip
+SECRETS = ("secret word", "password", "code name")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fact:
-    """One fact; `statement` holds `{v}` once or more where the value stands."""
+    """One fact; each statement holds `{v}` where the value stands."""
 
     family: str
     key: str
     """Facts with equal keys contradict each other."""
-    statement: str
+    statements: tuple[str, ...]
     questions: tuple[str, ...]
-    answer: str
-    """The answer's words before the value."""
+    kind: str
+    """Kind of value, as `FactMaker.value` takes it."""
     value: str
 
 
@@ -42,10 +48,17 @@ class Words:
 
     def part(self, heldout: bool) -> Words:
         """The training part, or the 15 % that training never uses."""
-        return Words(
-            names=[name for name in self.names if is_heldout(name) is heldout],
-            words=[word for word in self.words if is_heldout(word) is heldout],
-        )
+        return Words(names=part_of(self.names, heldout), words=part_of(self.words, heldout))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Theme:
+    """What the facts of one user have in common: facts that resemble each other are the hard ones to keep apart."""
+
+    family: str | None = None
+    attributes: Sequence[Attribute] = ()
+    subjects: Sequence[str] = ()
+    """Relations or names."""
 
 
 def is_heldout(key: str) -> bool:
@@ -53,30 +66,75 @@ def is_heldout(key: str) -> bool:
     return zlib.crc32(b"titanmem:" + key.encode()) % 100 < 15
 
 
+def part_of(items: Sequence[str], heldout: bool) -> list[str]:
+    """The training or the held-out part of a list; the whole if that part would be empty."""
+    return [item for item in items if is_heldout(item) is heldout] or list(items)
+
+
 class FactMaker:
     """An endless source of facts from one part of the words."""
 
-    def __init__(self, words: Words, seed: int, heldout: bool = False) -> None:
+    def __init__(self, words: Words, book: PhraseBook, seed: int, heldout: bool = False) -> None:
         self.random = random.Random(seed)
         self.heldout = heldout
+        self.book = book
         self.words = words.part(heldout)
+        self.values = {kind: part_of(items, heldout) for kind, items in book.values.items()}
 
-    def make(self, family: str | None = None) -> Fact:
-        """A new fact, of the family named or of a random one."""
-        family = family or self.random.choices(FAMILIES, WEIGHTS)[0]
+    def theme(self) -> Theme:
+        """What one user's facts are about: everything, a few attributes, a few subjects, or numbers."""
+        draw = self.random.random()
+        if draw < 0.3:
+            return Theme(attributes=self.random.sample(list(self.book.attributes), 4))
+        if draw < 0.45:
+            people = self.random.sample(self.values["relation"], 2) + self.random.sample(self.words.names, 2)
+            return Theme(subjects=people)
+        return Theme(family="number") if draw < 0.57 else Theme()
+
+    def make(self, theme: Theme | None = None) -> Fact:
+        """A new fact of a theme."""
+        theme = theme or Theme()
+        family = theme.family or self.random.choices(FAMILIES, WEIGHTS)[0]
+        if theme.attributes or theme.subjects or family in ("chat", "person"):
+            return self._attribute(theme, person=family == "person")
         return getattr(self, f"_{family}")()
 
-    def value(self, kind: str) -> str:
-        """A value of this kind: `name`, `word`, or `dN`, a number of N digits."""
-        pick = self.random.choice
-        if kind == "name":
-            return self._invented() if self.random.random() < 0.35 else pick(self.words.names)
-        if kind == "word":
-            return pick(self.words.words)
-        digits = int(kind[1:])
-        return str(self.random.randrange(10 ** (digits - 1), 10**digits))
+    def corrected(self, fact: Fact) -> Fact:
+        """The same fact with another value."""
+        while (value := self.value(fact.kind)) == fact.value:
+            pass
+        return replace(fact, value=value)
 
-    def _invented(self) -> str:
+    def value(self, kind: str) -> str:
+        """A value of this kind: one of the phrase book's lists, or one made up."""
+        pick, number = self.random.choice, self.random.randint
+        match kind:
+            case "name":
+                return self.invented() if self.random.random() < 0.35 else pick(self.words.names)
+            case "word":
+                return pick(self.words.words)
+            case "fullname":
+                return f"{self.value('name')} {self.value('name')}"
+            case "phrase":
+                return " ".join(pick(self.words.words) for _ in range(number(2, 4)))
+            case "number":
+                return str(number(2, 60))
+            case "year":
+                return str(number(1930, 2026))
+            case "time":
+                return f"{number(0, 23)}:{number(0, 59):02}"
+            case "date":
+                return f"{pick(MONTHS)} {number(1, 31)}"
+            case "money":
+                return f"{number(2, 900)} {pick(('dollars', 'euros', 'pounds'))}"
+            case "phone":
+                return f"{number(100, 999)}-{number(1000, 9999)}"
+            case "d3" | "d4" | "d5" | "d7":
+                digits = int(kind[1])
+                return str(number(10 ** (digits - 1), 10**digits - 1))
+        return pick(self.values[kind])
+
+    def invented(self) -> str:
         """A name that no book has, so that values of any spelling are learned."""
         while True:
             count = self.random.choice((2, 2, 3))
@@ -85,146 +143,88 @@ class FactMaker:
             if is_heldout(name) is self.heldout:
                 return name
 
-    def _pair(self, first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:
-        """A combination of keys from this part."""
+    def _attribute(self, theme: Theme, person: bool) -> Fact:
+        """An attribute of the phrase book, about a subject that this part may have it about."""
         while True:
-            pair = self.random.choice(first), self.random.choice(second)
-            if is_heldout("/".join(pair)) is self.heldout:
-                return pair
-
-    def _one(self, keys: Sequence[str], salt: str) -> str:
-        return self._pair(keys, (salt,))[0]
-
-    def _chat(self) -> Fact:
-        pick = self.random.choice
-        form = self.random.choices(
-            ("called", "likes", "mine", "code", "where", "lives", "single"),
-            (0.2, 0.25, 0.12, 0.15, 0.1, 0.1, 0.08),
-        )[0]
-        return getattr(self, f"_chat_{form}")(pick)
-
-    def _chat_called(self, pick) -> Fact:
-        who = self._one(RELATIONS, "name")
-        statement = pick((f"my {who}'s name is {{v}}.", f"my {who} is called {{v}}.", f"I have a {who} named {{v}}.",
-                          f"the name of my {who} is {{v}}."))  # fmt: skip
-        questions = (f"What is my {who}'s name?", f"What is the name of my {who}?", f"What is my {who} called?",
-                     f"Do you remember my {who}'s name?")  # fmt: skip
-        return self._fact(
-            "chat", f"{who} name", statement, questions, f"Your {who}'s name is", self.value("name")
-        )
-
-    def _chat_likes(self, pick) -> Fact:
-        who, thing = self._pair(RELATIONS, THINGS)
-        statement = pick(
-            (f"my {who}'s favorite {thing} is {{v}}.", f"the favorite {thing} of my {who} is {{v}}.")
-        )
-        questions = (f"What is my {who}'s favorite {thing}?", f"Which {thing} does my {who} like best?")
-        value = self.value(pick(("word", "name")))
-        return self._fact(
-            "chat", f"{who} {thing}", statement, questions, f"Your {who}'s favorite {thing} is", value
-        )
-
-    def _chat_mine(self, pick) -> Fact:
-        thing = self._one(THINGS, "mine")
-        statement = pick((f"my favorite {thing} is {{v}}.", f"the {thing} I like best is {{v}}.",
-                          f"my favorite {thing} has always been {{v}}."))  # fmt: skip
-        questions = (
-            f"What is my favorite {thing}?",
-            f"Which {thing} do I like best?",
-            f"Do you know my favorite {thing}?",
-        )
-        value = self.value(pick(("word", "name")))
-        return self._fact("chat", f"my {thing}", statement, questions, f"Your favorite {thing} is", value)
-
-    def _chat_code(self, pick) -> Fact:
-        what = self._one(CODES, "code")
-        statement = pick(
-            (f"my {what} number is {{v}}.", f"the code for my {what} is {{v}}.", f"my {what} code is {{v}}.")
-        )
-        questions = (
-            f"What is my {what} number?",
-            f"What is the code for my {what}?",
-            f"What is my {what} code?",
-        )
-        value = self.value(pick(("d3", "d4", "d5")))
-        return self._fact("chat", f"{what} code", statement, questions, f"Your {what} code is", value)
-
-    def _chat_where(self, pick) -> Fact:
-        what = self._one(OBJECTS, "where")
-        statement = pick(
-            (
-                f"I left my {what} in the {{v}}.",
-                f"my {what} is in the {{v}}.",
-                f"I put my {what} in the {{v}}.",
+            attribute = self.random.choice(theme.attributes or self.book.attributes)
+            about = [kind for kind in attribute.about if not person or kind == "person" or theme.attributes]
+            if theme.subjects:
+                about = [kind for kind in about if kind in ("relation", "person")]
+            if not about:
+                continue
+            subject = self._subject(self.random.choice(about), theme)
+            thing = self.value(self.random.choice(attribute.keys)) if attribute.keys else ""
+            key = f"{subject.key}/{attribute.name}/{thing}"
+            # Only I and nobody are too few to be split: there the values alone are new.
+            split = subject.key not in ("me", "") or bool(thing)
+            if split and is_heldout(key) is not self.heldout:
+                continue
+            kind = self.random.choice(attribute.kinds)
+            return Fact(
+                family="person" if subject.key[:1].isupper() else "chat",
+                key=key,
+                statements=tuple(worded(text, subject, thing) for text in attribute.statements),
+                questions=tuple(worded(text, subject, thing) for text in attribute.questions),
+                kind=kind,
+                value=self.value(kind),
             )
-        )
-        questions = (f"Where is my {what}?", f"Where did I put my {what}?", f"Where did I leave my {what}?")
-        return self._fact(
-            "chat", f"{what} where", statement, questions, f"Your {what} is in the", self.value("word")
-        )
 
-    def _chat_lives(self, pick) -> Fact:
-        who = self._one(RELATIONS, "lives")
-        statement = pick(
-            (f"my {who} lives in {{v}}.", f"my {who} moved to {{v}}.", f"the home of my {who} is in {{v}}.")
-        )
-        questions = (f"Where does my {who} live?", f"In which place does my {who} live?")
-        return self._fact(
-            "chat", f"{who} lives", statement, questions, f"Your {who} lives in", self.value("name")
-        )
-
-    def _chat_single(self, pick) -> Fact:
-        statement, question, answer, kind = pick(SINGLES)
-        return self._fact("chat", answer, statement, (question,), answer, self.value(kind))
-
-    def _person(self) -> Fact:
-        name, thing = (
-            self.random.choice(self.words.names),
-            self.random.choice(THINGS + ["number", "street", "job"]),
-        )
-        statement = self.random.choice((f"{name}'s {thing} is {{v}}.", f"The {thing} of {name} is {{v}}."))
-        questions = (f"What is {name}'s {thing}?", f"What is the {thing} of {name}?")
-        value = self.value("d4" if thing == "number" else self.random.choice(("name", "word")))
-        return self._fact("person", f"{name} {thing}", statement, questions, f"The {thing} is", value)
+    def _subject(self, about: str, theme: Theme) -> Subject:
+        if about == "me":
+            return ME
+        if about == "world":
+            return Subject("", "", "")
+        people = [p for p in theme.subjects if p[:1].isupper() is (about == "person")]
+        if about == "relation":
+            return another("my " + self.random.choice(people or self.values["relation"]))
+        return another(self.random.choice(people) if people else self.value("name"))
 
     def _number(self) -> Fact:
-        key = self.random.choice(self.words.words)
-        if self.random.random() < 0.4:
-            key += "-" + self.random.choice(self.words.words)
-        kind = self.random.choice(("number", "number", "word"))
-        statement = f"One of the special magic {kind}s for {key} is: {{v}}."
-        questions = (f"What is the special magic {kind} for {key}?",
-                     f"What is the special magic {kind} for {key} mentioned in the provided text?")  # fmt: skip
-        value = self.value("word" if kind == "word" else self.random.choice(("d4", "d5", "d7")))
-        return self._fact(
-            "number", f"{kind} {key}", statement, questions, f"The special magic {kind} is", value
-        )
+        return self._magic("number", self.random.choice(("d4", "d5", "d7")))
 
     def _word(self) -> Fact:
-        key = self.random.choice(self.words.words)
-        what = self.random.choice(("secret word", "password", "code name"))
-        statement = f"The {what} for {key} is {{v}}."
-        value = self.value(self.random.choice(("word", "name", "d4")))
-        return self._fact("word", f"{what} {key}", statement, (f"What is the {what} for {key}?",),
-                          f"The {what} is", value)  # fmt: skip
-
-    def _passkey(self) -> Fact:
-        statement = "The pass key is {v}. Remember it. {v} is the pass key."
-        return self._fact(
-            "passkey", "passkey", statement, ("What is the pass key?",), "The pass key is", self.value("d5")
+        if self.random.random() < 0.5:
+            return self._magic("word", "word")
+        key, what = self.value("word"), self.random.choice(SECRETS)
+        return self._fixed(
+            "word",
+            f"{what} {key}",
+            (f"The {what} for {key} is {{v}}.",),
+            (f"What is the {what} for {key}?",),
+            self.random.choice(("word", "name", "d4")),
         )
 
-    def _fact(
-        self, family: str, key: str, statement: str, questions: tuple[str, ...], answer: str, value: str
+    def _magic(self, what: str, kind: str) -> Fact:
+        """RULER's needles in a haystack (arXiv 2404.06654, appendix B)."""
+        key = self.value("word")
+        if self.random.random() < 0.4:
+            key += "-" + self.value("word")
+        question = f"What is the special magic {what} for {key}"
+        return self._fixed(
+            what,
+            f"{what} {key}",
+            (f"One of the special magic {what}s for {key} is: {{v}}.",),
+            (f"{question}?", f"{question} mentioned in the provided text?"),
+            kind,
+        )
+
+    def _passkey(self) -> Fact:
+        return self._fixed(
+            "passkey",
+            "passkey",
+            ("The pass key is {v}. Remember it. {v} is the pass key.",),
+            ("What is the pass key?",),
+            "d5",
+        )
+
+    def _fixed(
+        self, family: str, key: str, statements: tuple[str, ...], questions: tuple[str, ...], kind: str
     ) -> Fact:
-        if family == "chat" and self.random.random() < 0.9:
-            lead = self.random.choice(LEADS)
-            if not lead or lead.endswith(("! ", ". ")):
-                statement = lead + statement[0].upper() + statement[1:]
-            else:
-                statement = lead + statement
-        elif family == "chat":
-            statement = statement[0].upper() + statement[1:]
         return Fact(
-            family=family, key=key, statement=statement, questions=questions, answer=answer, value=value
+            family=family,
+            key=key,
+            statements=statements,
+            questions=questions,
+            kind=kind,
+            value=self.value(kind),
         )

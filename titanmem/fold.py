@@ -1,10 +1,10 @@
 """θ_M = fold(update, segments): what a segment of tokens does to a memory, as a pure function.
 
-`Encoder` runs the decoder's lower layers over one segment and keeps what its gate lets through; `fold` applies that
+`Encoder` runs the decoder's lower layers over a segment and keeps what its gate lets through; `fold` applies that
 to a user's written layer, chunk by chunk. Nothing here depends on other users, on how tokens arrived, or on what the
 memory answered before, so replaying a journal gives the same bits.
 
-Axes: T tokens, N tokens that the gate lets through, K active units, D value width, H code width, S slots.
+Axes: T tokens, B blocks, N tokens that the gate lets through, K active units, D value width, H code width, S slots.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ from kernels import ops, sparse
 from titanmem.decoder import Decoder
 from titanmem.reservoir import Reservoir
 from titanmem.spec import MemorySpec
+
+SHAPE_TOKENS = 32
+"""Text that is encoded is padded to a multiple of this."""
+UNITS_AT_ONCE = 32
+"""Blocks of one call: what it needs of memory does not grow with the segment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,43 +62,85 @@ class Fold:
 
 
 class Encoder:
-    """The lower layers as a function from a segment to what is to be written."""
+    """The lower layers as a function from a segment to what is to be written.
+
+    A segment is read in blocks of half a window, each with a quarter of a window of text on either side, so that what
+    is written of a block is a function of that text alone. Of a long segment only blocks that `Skim` does not pass
+    over are encoded.
+    """
 
     def __init__(self, decoder: Decoder, spec: MemorySpec) -> None:
         self.decoder, self.spec = decoder, spec
         self.values_VD = decoder.memory.vocabulary_values(decoder.embed_tokens.weight)
+        self.block, self.side = spec.window // 2, spec.window // 4
 
     @torch.no_grad()
     def encode(self, context: np.ndarray, tokens: np.ndarray) -> Written:
-        """Encode int32 [T] `tokens` behind the last window of `context`.
+        """Encode int32 [T] `tokens` behind the end of `context`.
 
         Raises ValueError for an id outside the vocabulary.
         """
-        window = self.spec.window
-        before = context[-window:]
+        before = context[-self.side :] if self.side else context[:0]
         ids = torch.from_numpy(np.concatenate([before, tokens]).astype(np.int64))
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.values_VD):
             raise ValueError(f"token id outside the vocabulary of {len(self.values_VD)}")
-        # Whole windows only: the shape, and with it every bit, is a function of the segment's length.
-        padded = torch.zeros(1, -(-len(ids) // window) * window, dtype=torch.int64)
-        padded[0, : len(ids)] = ids
-        _, hidden = self.decoder.lower_blocks(padded)
-        memory = self.decoder.memory
-        start = len(before)
-        weight = torch.sigmoid(memory.gate_logit(hidden)[0, start : len(ids)].float())
-        # |v - M(k)| is at most about 2, so a gate below half the threshold can never reach it.
-        position_N = (weight >= self.spec.surprise_threshold / 2).nonzero()[:, 0]
-        key, _ = memory.keys_queries(hidden, self.decoder.zeros(1, self.spec.conv))
-        columns_NK, values_NK = memory.code(key[0, start : len(ids)][position_N])
+        blocks = self._worth_encoding(ids, len(before))
+        place_N, weight_N, key_ND = self._encoded(ids, blocks) if blocks else self._none()
+        columns_NK, values_NK = self.decoder.memory.code(key_ND)
         return Written(
-            position_N=position_N,
+            position_N=place_N - len(before),
             columns_NK=columns_NK,
             values_NK=values_NK,
-            target_ND=self.values_VD[ids[start:][position_N]],
-            weight_N=weight[position_N],
-            token_N=ids[start:][position_N],
+            target_ND=self.values_VD[ids[place_N]],
+            weight_N=weight_N,
+            token_N=ids[place_N],
             tokens=len(tokens),
         )
+
+    def _none(self) -> tuple[Tensor, Tensor, Tensor]:
+        empty = torch.zeros(0)
+        return torch.zeros(0, dtype=torch.int64), empty, empty.view(0, self.spec.key_dim)
+
+    def _worth_encoding(self, ids: Tensor, start: int) -> list[int]:
+        """First places of the blocks to be encoded; all of a segment that is as short as a turn."""
+        starts = list(range(start, len(ids), self.block))
+        if len(ids) - start <= self.spec.window:
+            return starts
+        likely_T = self.decoder.memory.skim(ids[None])[0, start:] >= 0
+        return [
+            place
+            for place, block in zip(starts, likely_T.split(self.block), strict=True)
+            if bool(block.any())
+        ]
+
+    def _encoded(self, ids: Tensor, blocks: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Places, gates and keys of what the gate lets through in these blocks, in order."""
+        memory = self.decoder.memory
+        spans = [(max(0, s - self.side), min(len(ids), s + self.block + self.side)) for s in blocks]
+        # One shape for all, and a multiple of it for short ones: the bits are a function of the segment.
+        longest = max(end - begin for begin, end in spans)
+        width = min(self.spec.window, -(-longest // SHAPE_TOKENS) * SHAPE_TOKENS)
+        units_BT = torch.zeros(len(spans), width, dtype=torch.int64)
+        valid_BT = torch.zeros(len(spans), width, dtype=torch.bool)
+        core_BT = torch.zeros(len(spans), width, dtype=torch.bool)
+        places_BT = torch.zeros(len(spans), width, dtype=torch.int64)
+        for row, ((begin, end), place) in enumerate(zip(spans, blocks, strict=True)):
+            units_BT[row, : end - begin] = ids[begin:end]
+            valid_BT[row, : end - begin] = True
+            core_BT[row, place - begin : min(end, place + self.block) - begin] = True
+            places_BT[row, : end - begin] = torch.arange(begin, end)
+        found = []
+        for part in torch.arange(len(spans)).split(UNITS_AT_ONCE):
+            _, hidden = self.decoder.lower_blocks(units_BT[part])
+            around = memory.lookahead(hidden, None if bool(valid_BT[part].all()) else valid_BT[part])
+            weight_BT = torch.sigmoid(memory.gate_logit(around))
+            # |v - M(k)| is at most about 2, so a gate below half the threshold can never reach it.
+            chosen_BT = core_BT[part] & (weight_BT >= self.spec.surprise_threshold / 2)
+            found.append(
+                (places_BT[part][chosen_BT], weight_BT[chosen_BT], memory.keys(hidden, around)[chosen_BT])
+            )
+        place_N, weight_N, key_ND = (torch.cat(columns) for columns in zip(*found, strict=True))
+        return place_N, weight_N, key_ND
 
 
 def forget_share(momentum: float, spec: MemorySpec) -> float:

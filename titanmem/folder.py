@@ -93,7 +93,7 @@ def load_base(folder: Path, spec: MemorySpec, memory_layer: int) -> Decoder:
     except ValueError as error:
         raise ModelFolderError(f"{folder}: this memory does not fit: {error}") from error
     decoder = _filled(config, _decoder_places(folder), fresh=True)
-    decoder.memory = SparseMemory(config.hidden_size, config.memory)
+    decoder.memory = SparseMemory(config.hidden_size, config.vocab_size, config.memory)
     return decoder
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from titanmem.facts import FactMaker, Words
+from titanmem.phrasebook import PhraseBook, capitalised
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,17 +29,17 @@ class Needle:
         return self.answer.casefold() in reply.casefold()
 
 
-def heldout_needles(words: Words, count: int, seed: int) -> list[Needle]:
+def heldout_needles(words: Words, book: PhraseBook, count: int, seed: int) -> list[Needle]:
     """Needles whose values, names and combinations of keys training never used, each with a key of its own."""
-    maker = FactMaker(words, seed, heldout=True)
+    maker = FactMaker(words, book, seed, heldout=True)
     found: dict[str, Needle] = {}
     while len(found) < count:
         fact = maker.make()
         if fact.key in found:
             continue
         found[fact.key] = Needle(
-            fact=fact.statement.replace("{v}", fact.value),
-            question=maker.random.choice(fact.questions),
+            fact=capitalised(maker.random.choice(fact.statements).replace("{v}", fact.value)),
+            question=capitalised(maker.random.choice(fact.questions)),
             answer=fact.value,
             family=fact.family,
         )

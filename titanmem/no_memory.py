@@ -1,13 +1,11 @@
 """What stands in a decoder whose checkpoint has no memory: nothing is keyed, read or pointed at.
 
-The decoder then is the checkpoint and no more: no context for attention (zeros would be seen), no pointer.
+The decoder then is the checkpoint and no more: its first upper layer meets nothing, and there is no pointer.
 
 Axes: B rows, T tokens, C convolution, E decoder width, D value width (0 here), V vocabulary.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,20 +16,17 @@ from titanmem.token_memory import SparseMemory
 class NoMemory(SparseMemory):
     """A `SparseMemory` without weights, for memory `off`. It writes nothing: whoever asks it to has not looked."""
 
-    def __init__(self, hidden_size: int, spec: MemorySpec) -> None:
+    def __init__(self, hidden_size: int, vocab_size: int, spec: MemorySpec) -> None:
         nn.Module.__init__(self)  # and none of the weights
         self.spec = spec
 
-    def keys_queries(self, hidden_BTE: Tensor, history_BCE: Tensor) -> tuple[Tensor, Tensor]:
-        """Two of [B, T, 0]."""
-        return hidden_BTE[..., :0], hidden_BTE[..., :0]
+    def queries(self, hidden_BTE: Tensor, history_BCE: Tensor) -> Tensor:
+        """[B, T, 0]."""
+        return hidden_BTE[..., :0]
 
     def vocabulary_values(self, embedding_VE: Tensor) -> Tensor:
         """[V, 0]."""
         return embedding_VE[:, :0].float()
-
-    def as_context(self, read_BTD: Tensor) -> Any:
-        """None: attention sees the tokens alone."""
 
     def pointer_logits(self, out_BTE: Tensor, read_BTD: Tensor, values_VD: Tensor) -> Tensor:
         """Zeros that broadcast, [1]."""

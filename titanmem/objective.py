@@ -10,6 +10,7 @@ Axes: B rows, T tokens, N written tokens, Q reading tokens, H code width, D valu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from kernels.sparse import delta_errors
 from titanmem.decoder import Decoder
-from titanmem.stream import EITHER, REPLY, STATEMENT, WRITTEN, Batch
+from titanmem.stream import EITHER, REPLY, STATEMENT, UNLIKELY, WRITTEN, Batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,10 +34,31 @@ class Weights:
     """Pull of a query towards its own key. Being nearest is not enough: two directions at cosine 0.74 share so few
     of 8,192 units that the code finds 0.3 of what was stored; at 0.95 it finds most of it."""
     gate: float = 3.0
-    temperature: float = 16.0
+    temperature: float = 20.0
     """Scale of similarities in the contrastive loss."""
+    nothing: float = 0.5
+    """Similarity under which nothing is found: a query for what nobody told must stay below it with every key."""
     negatives: float = 4.0
     """Weight of tokens that must not be written: there are thousands for each that must."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compiled:
+    """The three functions of a decoder that a step spends its time in."""
+
+    lower: Callable[[Tensor], tuple[Tensor, Tensor]]
+    lookahead: Callable[[Tensor], Tensor]
+    upper: Callable[[Tensor, Tensor, str], Tensor]
+
+    @classmethod
+    def plain(cls, decoder: Decoder) -> Compiled:
+        return cls(lower=decoder.lower_blocks, lookahead=decoder.memory.lookahead, upper=decoder.upper_blocks)
+
+    @classmethod
+    def twins(cls, decoder: Decoder) -> Compiled:
+        """Compiled ones, which share their weights with the decoder."""
+        plain = cls.plain(decoder)
+        return cls(**{name: torch.compile(getattr(plain, name)) for name in cls.__slots__})
 
 
 @dataclass(slots=True)
@@ -76,96 +98,126 @@ def memory_of(decoder: Decoder, white_NF: Tensor, values_ND: Tensor, weight_N: T
 
 
 def step_loss(
-    decoder: Decoder, batch: Batch, weights: Weights, generator: torch.Generator, lower=None, upper=None
+    decoder: Decoder,
+    batch: Batch,
+    weights: Weights,
+    generator: torch.Generator,
+    mode: str = "mac",
+    compiled: Compiled | None = None,
 ) -> Result:
-    """Losses of one batch; `lower` and `upper` may be compiled twins of the decoder's block methods."""
-    memory = decoder.memory
+    """Losses of one batch in one mode; `compiled` are twins of the decoder's functions."""
+    memory, calls = decoder.memory, compiled or Compiled.plain(decoder)
     tokens = torch.from_numpy(batch.tokens).long()
-    inputs, target = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
+    inputs, target = tokens[:, :-1].contiguous(), tokens[:, 1:]
     rows, length = inputs.shape
-    part, gate_label = torch.from_numpy(batch.part), torch.from_numpy(batch.gate)[:, :-1]
+    part, gate_label = torch.from_numpy(batch.part)[:, 1:], torch.from_numpy(batch.gate)[:, :-1]
     group = torch.from_numpy(batch.group).repeat_interleave(length)
     identity = torch.from_numpy(batch.identity)
-    recall = torch.from_numpy(batch.recall)[:, 1:].flatten()
+    recall, nothing = torch.from_numpy(batch.recall)[:, 1:], torch.from_numpy(batch.nothing)[:, 1:]
+    spoken = (torch.arange(rows) < batch.spoken)[:, None]
 
-    x, hidden = (lower or decoder.lower_blocks)(inputs)
-    key, query = memory.keys_queries(hidden, decoder.zeros(rows, decoder.config.memory.conv))
-    key, query = key.flatten(0, 1), query.flatten(0, 1)
-    gate = memory.gate_logit(hidden)
+    x, hidden = calls.lower(inputs)
+    around = calls.lookahead(hidden)
+    key = memory.keys(hidden, around).flatten(0, 1)
+    query = memory.queries(hidden, decoder.zeros(rows, decoder.config.memory.conv)).flatten(0, 1)
+    gate = memory.gate_logit(around)
     values_VD = memory.vocabulary_values(decoder.embed_tokens.weight)
 
     # Written: every labelled value, and the tokens that the gate would let in by mistake.
     labelled = gate_label == WRITTEN
     mistaken = ~labelled & (gate_label != EITHER) & (gate.detach() > -2.0)
-    written = torch.cat([chosen(labelled, 512, generator), chosen(mistaken, 64, generator)]).sort().values
+    written = torch.cat([chosen(labelled, 768, generator), chosen(mistaken, 64, generator)]).sort().values
     weight_N = torch.where(labelled.flatten()[written], 1.0, torch.sigmoid(gate.detach().flatten()[written]))
     stored_NF = memory.whitened(key[written])
     code_NH, error_ND = memory_of(
         decoder, stored_NF.detach(), values_VD[inputs.flatten()[written]], weight_N, group[written]
     )
 
-    # Reading: replies, and some of everything else but statements, which would find themselves.
-    replies = part[:, 1:] == REPLY
-    others = (torch.rand(part[:, 1:].shape, generator=generator) < 0.04) & (part[:, 1:] != STATEMENT)
-    reading = chosen(replies | others, 1024, generator)
+    # Reading, in spoken rows: replies, and some of all else but statements, which would find themselves.
+    others = (torch.rand(part.shape, generator=generator) < 0.04) & (part != STATEMENT)
+    reading = chosen(spoken & ((part == REPLY) | others | recall), 640, generator)
     query_QF = memory.whitened(query[reading])
     query_QH = dense(*memory.code_of(query_QF.detach()), decoder.config.memory.code_width)
     read_QD = ((query_QH @ code_NH.T) * (group[reading][:, None] == group[written][None])) @ error_ND
     read = torch.zeros(rows * length, read_QD.shape[1]).index_copy(0, reading, read_QD)
 
-    out = (upper or decoder.upper_blocks)(x, read.view(rows, length, -1)).flatten(0, 1)
-    predicted = (torch.rand(rows * length, generator=generator) < 0.2) | replies.flatten() | recall
-    places = chosen(predicted, 2048, generator)
+    shown = batch.spoken * length
+    out = calls.upper(x[: batch.spoken], read[:shown].view(batch.spoken, length, -1), mode).flatten(0, 1)
+    heard = torch.rand(part.shape, generator=generator) < 0.2
+    places = chosen(spoken & (heard | (part == REPLY) | recall), 1536, generator)
     logits = decoder.logits(out[places], read[places], values_VD)
-    entropy = F.cross_entropy(logits, target[places], reduction="none")
-    remembered = recall[places]
+    entropy = F.cross_entropy(logits, target.flatten()[places], reduction="none")
+    remembered = recall.flatten()[places]
 
-    asked = recall[reading]
+    known = recall.flatten()[reading]
     # What is read has norm 1 when the fact is found; a small answer stays small, or its direction would be noise.
-    pointed = 16.0 * read_QD[asked] / read_QD[asked].norm(dim=-1, keepdim=True).clamp_min(0.5) @ values_VD.T
-    same = identity[:, 1:].flatten()[reading][asked][:, None] == identity[:, :-1].flatten()[written][None]
-    # Keys and queries learn from the contrast alone, on whitened features before the code: two codes that share no
-    # unit have no gradient that would bring them nearer, and those that do have a gradient of mostly noise.
-    cosine_QN = F.normalize(query_QF[asked], dim=-1) @ F.normalize(stored_NF, dim=-1).T
-    other_user = group[reading][asked][:, None] != group[written][None]
-    contrast, align, aligned = _contrast(cosine_QN.masked_fill(other_user, -1e4), same, weights.temperature)
-    known = gate_label != EITHER
-    gate_weight = torch.where(labelled, 1.0, weights.negatives)[known]
-    gate_loss = F.binary_cross_entropy_with_logits(gate[known], labelled[known].float(), weight=gate_weight)
+    pointed = 16.0 * read_QD[known] / read_QD[known].norm(dim=-1, keepdim=True).clamp_min(0.5) @ values_VD.T
+    sought = target.flatten()[reading][known]
+
+    # Asking, in all rows: what is to be found, and what is not.
+    asking = chosen(recall | nothing, 640, generator)
+    contrast, align, found, refused = _contrast(
+        F.normalize(memory.whitened(query[asking]), dim=-1) @ F.normalize(stored_NF, dim=-1).T,
+        identity[:, 1:].flatten()[asking][:, None] == identity[:, :-1].flatten()[written][None],
+        recall.flatten()[asking],
+        nothing.flatten()[asking],
+        group[asking][:, None] == group[written][None],
+        weights,
+    )
+    trained = gate_label != EITHER
+    gate_weight = torch.where(labelled | (gate_label == UNLIKELY), 1.0, weights.negatives)[trained]
 
     losses = {
         "language": mean(entropy[~remembered]),
         "recall": mean(entropy[remembered]),
-        "memory": mean(F.cross_entropy(pointed, target[reading][asked], reduction="none")),
+        "memory": mean(F.cross_entropy(pointed, sought, reduction="none")),
         "contrast": contrast,
         "align": align,
-        "gate": gate_loss,
+        "gate": F.binary_cross_entropy_with_logits(
+            gate[trained], labelled[trained].float(), weight=gate_weight
+        ),
     }
     total = torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
     with torch.no_grad():
         figures = {name: float(loss) for name, loss in losses.items()}
-        right = logits.argmax(-1) == target[places]
-        spoken = replies.flatten()[places] & ~remembered
+        right = logits.argmax(-1) == target.flatten()[places]
+        spoke = (part == REPLY).flatten()[places] & ~remembered
+        refusing = nothing.flatten()[places]
         figures["recall_accuracy"] = float(mean(right[remembered].float()))
-        figures["reply_accuracy"] = float(mean(right[spoken].float()))
-        figures["memory_accuracy"] = float(mean((pointed.argmax(-1) == target[reading][asked]).float()))
-        figures["aligned"] = aligned
+        figures["refusal_accuracy"] = float(mean(right[refusing].float()))
+        figures["reply_accuracy"] = float(mean(right[spoke].float()))
+        figures["memory_accuracy"] = float(mean((pointed.argmax(-1) == sought).float()))
+        figures["found"], figures["refused"] = found, refused
         figures["written_found"] = float(mean((gate[labelled] > -1.7).float()))
-        figures["written_wrongly"] = float((gate[(gate_label == 0)] > -1.7).float().mean())
+        figures["written_wrongly"] = float((gate[gate_label == 0] > -1.7).float().mean())
         features_NF = memory.features(key[chosen(labelled, 512, generator)])
     return Result(loss=total, figures=figures, written_features_NF=features_NF)
 
 
-def _contrast(cosine_QN: Tensor, same_QN: Tensor, temperature: float) -> tuple[Tensor, Tensor, float]:
-    """InfoNCE (a recalling query is nearer to its own fact's key than to any other, arXiv 1807.03748), the mean
-    distance 1 - cosine to that key, and the share of queries for which it is the nearest."""
-    hit = same_QN.any(1)
-    if not bool(hit.any()):
-        nothing = cosine_QN.sum() * 0.0
-        return nothing, nothing, 0.0
-    cosine_QN, same_QN = cosine_QN[hit], same_QN[hit]
-    logits_QN = temperature * cosine_QN
-    positive = torch.logsumexp(logits_QN.masked_fill(~same_QN, -1e4), 1)
-    distance = 1 - (cosine_QN * same_QN).sum(1) / same_QN.sum(1)
-    nearest = same_QN.gather(1, logits_QN.argmax(1, keepdim=True)).float().mean()
-    return (torch.logsumexp(logits_QN, 1) - positive).mean(), distance.mean(), float(nearest.detach())
+def _contrast(
+    cosine_QN: Tensor, same_QN: Tensor, known_Q: Tensor, nothing_Q: Tensor, own_QN: Tensor, weights: Weights
+) -> tuple[Tensor, Tensor, float, float]:
+    """InfoNCE (arXiv 1807.03748) with a class for nothing: a query is nearer to its own fact's key than to any other
+    and than `weights.nothing`, and one for what was never told is near to no key of its user.
+
+    Also the mean distance 1 - cosine to the own key, and the shares of queries that find it, and that find nothing.
+    """
+    known_Q = known_Q & same_QN.any(1)
+    cosine_KN, same_KN = cosine_QN[known_Q], same_QN[known_Q]
+    nobody = cosine_KN.new_full((len(cosine_KN), 1), weights.nothing)
+    logits = weights.temperature * torch.cat([cosine_KN, nobody], 1)
+    positive = torch.logsumexp(weights.temperature * cosine_KN.masked_fill(~same_KN, -10.0), 1)
+    distance_K = 1 - (cosine_KN * same_KN).sum(1) / same_KN.sum(1).clamp_min(1)
+    found_K = (cosine_KN * same_KN).amax(1) >= logits.amax(1) / weights.temperature - 1e-6
+    far_MN = cosine_QN[nothing_Q].masked_fill(~own_QN[nothing_Q], -10.0)
+    nobody = far_MN.new_full((len(far_MN), 1), weights.nothing)
+    refusing = weights.temperature * torch.cat([far_MN, nobody], 1)
+    loss_K = torch.logsumexp(logits, 1) - positive
+    loss_M = torch.logsumexp(refusing, 1) - refusing[:, -1]
+    refused_M = (far_MN < weights.nothing).all(1)
+    return (
+        mean(torch.cat([loss_K, loss_M])),
+        mean(distance_K),
+        float(mean(found_K.float())),
+        float(mean(refused_M.float())),
+    )

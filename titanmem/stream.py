@@ -1,7 +1,7 @@
-"""Training batches: rows of book text, chat, facts told and facts asked for, with labels.
+"""Training batches: rows of chat, facts told and asked for, and book text, with labels.
 
-The rows of a batch fall into groups; a group is one user. A question asks for a fact that was told in another row
-of its group, or so far back in its own that attention cannot see it: only the memory can answer.
+The rows of a batch are shared out to some users. A question asks for a fact that was told in another row of its user:
+only the memory can answer. Facts are told again in other words, and corrected; the newest value is the right one.
 """
 
 from __future__ import annotations
@@ -11,27 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import xxhash
 from tokenizers import Tokenizer
 
-from titanmem.facts import Fact, FactMaker
-from titanmem.phrases import ACKNOWLEDGED, ASK_LEADS, TAILS, UNKNOWN
+from titanmem.facts import Fact, FactMaker, Theme
+from titanmem.phrasebook import capitalised
 
 BOOK, STATEMENT, ASKED, REPLY = 0, 1, 2, 3
 """What a token is part of."""
-NOT_WRITTEN, WRITTEN, EITHER = 0, 1, 2
-"""Label of the write gate; EITHER is not trained."""
-SMALL_TALK = (
-    ("Hello!", "Hello! How can I help you?"),
-    ("Hi!", "Hello! How can I help you?"),
-    ("Good morning.", "Good morning! How can I help you?"),
-    ("Thank you.", "You are welcome."),
-    ("Thanks!", "You are welcome."),
-    ("How are you?", "I am well, thank you."),
-    ("Who are you?", "I am an assistant with a memory."),
-    ("Goodbye.", "Goodbye!"),
-)
-POSITIONS_MAX = 16
-"""Value tokens of one fact that keep distinct identities."""
+NOT_WRITTEN, WRITTEN, EITHER, UNLIKELY = 0, 1, 2, 3
+"""Label of the write gate; EITHER is not trained, UNLIKELY is NOT_WRITTEN with little weight."""
+ANSWER, UNKNOWN = "It is", " not known to me."
+"""How a reply begins, and how it goes on when nobody told the fact. One beginning for all: what the memory is asked
+for then depends on the question, and not on words that a small model may choose wrongly."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,51 +33,80 @@ class Batch:
     tokens: np.ndarray
     """int32 [B, T + 1]."""
     gate: np.ndarray
-    """int8 [B, T + 1]: NOT_WRITTEN, WRITTEN or EITHER."""
+    """int8 [B, T + 1]: NOT_WRITTEN, WRITTEN, EITHER or UNLIKELY."""
     part: np.ndarray
     """int8 [B, T + 1]: BOOK, STATEMENT, ASKED or REPLY."""
     identity: np.ndarray
-    """int32 [B, T + 1]: which value token of which fact, the same where it is told and where it is recalled; 0 none."""
+    """int64 [B, T + 1]: which value token of which fact, the same where it is told and where it is recalled; 0 none."""
     recall: np.ndarray
     """bool [B, T + 1]: tokens that only the memory can know."""
+    nothing: np.ndarray
+    """bool [B, T + 1]: tokens before which the memory is asked for what it does not have."""
     group: np.ndarray
     """int32 [B]: rows with equal numbers share a memory."""
+    spoken: int
+    """Rows in front that the upper layers are to learn from; the others teach what to write and where to find it."""
 
 
 @dataclass(slots=True)
-class _Row:
+class Piece:
+    """Some tokens of a row with their labels."""
+
     tokens: list[int] = field(default_factory=list)
     gate: list[int] = field(default_factory=list)
     part: list[int] = field(default_factory=list)
     identity: list[int] = field(default_factory=list)
     recall: list[bool] = field(default_factory=list)
-    asked: set[str] = field(default_factory=set)
+    nothing: list[bool] = field(default_factory=list)
 
-    def add(
-        self, ids: Sequence[int], part: int, gate: int = NOT_WRITTEN, fact: int = 0, recall: bool = False
-    ) -> None:
+    def add(self, ids: Sequence[int], part: int, gate: int = NOT_WRITTEN, nothing: bool = False) -> None:
+        """Tokens of one label; `nothing` marks the first of them."""
         self.tokens += ids
         self.part += [part] * len(ids)
         self.gate += [gate] * len(ids)
-        self.recall += [recall] * len(ids)
-        self.identity += [
-            fact * POSITIONS_MAX + min(i, POSITIONS_MAX - 1) if fact else 0 for i in range(len(ids))
-        ]
+        self.identity += [0] * len(ids)
+        self.recall += [False] * len(ids)
+        self.nothing += [nothing and index == 0 for index in range(len(ids))]
+
+    def value(self, ids: Sequence[int], key: str, named: Sequence[int], told: bool) -> None:
+        """The tokens of a fact's value, where it is told or recalled; `named` are those that give them identities."""
+        self.add(ids, STATEMENT if told else REPLY, WRITTEN if told else NOT_WRITTEN)
+        for index in range(len(ids)):
+            name = f"{key}|{','.join(map(str, named[:index]))}"
+            self.identity[index - len(ids)] = 1 + xxhash.xxh3_64_intdigest(name.encode()) // 2**2
+            self.recall[index - len(ids)] = not told
+
+    def extend(self, other: Piece) -> None:
+        for name in self.__slots__:
+            getattr(self, name).extend(getattr(other, name))
 
 
 class BatchMaker:
     """Makes batches without end from book tokens and a seed."""
 
     def __init__(
-        self, tokenizer: Tokenizer, book: np.ndarray, facts: FactMaker, *, rows: int, tokens: int, window: int
-    ):
+        self,
+        tokenizer: Tokenizer,
+        book: np.ndarray,
+        facts: FactMaker,
+        *,
+        tokens: int,
+        spoken: int,
+        silent: int,
+        books: int,
+    ) -> None:
+        """`spoken`, `silent`, `books`: numbers of rows with replies to learn, without, and of book text alone."""
         self.tokenizer, self.book, self.facts = tokenizer, book, facts
-        self.rows, self.length, self.window = rows, tokens + 1, window
+        self.talk = facts.book.talk
+        self.length, self.spoken, self.silent, self.books = tokens + 1, spoken, silent, books
         self.random = random.Random(facts.random.random())
-        self.user = self._special("<|user|>")
-        self.assistant = self._special("<|assistant|>")
-        self.end = self._special("<|end|>")
+        self.user, self.assistant, self.end = map(self._special, ("<|user|>", "<|assistant|>", "<|end|>"))
         self.newline = self.ids("\n")
+        vocabulary = tokenizer.get_vocab()
+        self.spaced = {
+            index: vocabulary["Ġ" + word] for word, index in vocabulary.items() if "Ġ" + word in vocabulary
+        }
+        """From a token at the very start of a text to the same behind a space."""
 
     def _special(self, token: str) -> int:
         index = self.tokenizer.token_to_id(token)
@@ -99,99 +120,181 @@ class BatchMaker:
     def make(self) -> Batch:
         """One batch; its rows are shared out to one to four users."""
         users = self.random.choice((1, 1, 2, 4))
-        group = np.arange(self.rows) % users
-        rows: list[_Row] = []
+        count = self.spoken + self.silent
+        group = [index % users for index in range(count)]
+        rows: list[Piece] = [Piece() for _ in range(count)]
         for user in range(users):
-            rows += self._user(int((group == user).sum()))
-        order = np.sort(group)
+            self._user([index for index in range(count) if group[index] == user], rows)
+        rows += [self._book(self.length) for _ in range(self.books)]
+        # Book rows belong to the first user: what is written of them by mistake is in somebody's way.
+        return self._batch(rows, group + [0] * self.books)
+
+    def documents(self, count: int) -> Batch:
+        """Book text, and in each row one fact that somebody has put between its paragraphs."""
+        rows = []
+        for index in range(count):
+            row = self._book(self.length // 2)
+            row.add(self.newline, BOOK)
+            row.extend(self._tell(self.facts.make(), chat=False, row=index)[0])
+            row.extend(self._book(self.length))
+            rows.append(row)
+        return self._batch(rows, list(range(count)))
+
+    def _batch(self, rows: list[Piece], group: list[int]) -> Batch:
         arrays = {
             name: np.array([getattr(row, name)[: self.length] for row in rows], dtype=dtype)
             for name, dtype in (
                 ("tokens", np.int32),
                 ("gate", np.int8),
                 ("part", np.int8),
-                ("identity", np.int32),
+                ("identity", np.int64),
                 ("recall", bool),
+                ("nothing", bool),
             )
         }
-        return Batch(**arrays, group=order.astype(np.int32))
+        return Batch(**arrays, group=np.array(group, dtype=np.int32), spoken=self.spoken)
 
-    def _user(self, count: int) -> list[_Row]:
-        """The rows of one user: first who tells what where, then the text around it."""
-        told: dict[str, tuple[int, Fact]] = {}
-        rows = [_Row() for _ in range(count)]
-        where: dict[str, tuple[int, int]] = {}
-        density = self.random.choice((0.4, 0.6, 0.8))
-        for index in self.random.sample(range(count), count):
-            row = rows[index]
-            while len(row.tokens) < self.length:
-                draw = self.random.random()
-                if (row.tokens and draw < 1 - density) or (not row.tokens and draw < 0.4):
-                    self._book(row)
-                elif self.random.random() < 0.06:
-                    self._small_talk(row)
-                elif self.random.random() < 0.45:
-                    fact = self.facts.make()
-                    if fact.key not in told:
-                        identity = self.random.randrange(1, 2**27)
-                        told[fact.key] = identity, fact
-                        where[fact.key] = index, len(row.tokens)
-                        self._tell(row, fact, identity)
+    def _user(self, indices: list[int], rows: list[Piece]) -> None:
+        """The rows of one user: first what is told, in the order of rows, then the questions and the text around."""
+        theme = self.facts.theme()
+        known: dict[str, tuple[Fact, list[int]]] = {}
+        """Each fact with its newest value and the ids that recall it."""
+        told_in: dict[str, set[int]] = {}
+        tells: dict[int, list[Piece]] = {}
+        for index in indices:
+            tells[index], here = [], set()
+            most = self.length * self.random.uniform(0.25, 0.6)
+            while sum(len(piece.tokens) for piece in tells[index]) < most:
+                fact = self._next_fact(theme, known, here)
+                if fact is None:
+                    continue
+                # Half of the rows without replies are documents: a fact stands between paragraphs of a book.
+                document = index >= self.spoken and index % 2 == 1
+                piece, ids = self._tell(fact, chat=not document and self.random.random() < 0.7, row=index)
+                if document:
+                    piece = self._between(piece)
+                if sum(len(piece.tokens) for piece in tells[index]) + len(piece.tokens) > 0.8 * self.length:
+                    break
+                tells[index].append(piece)
+                here.add(fact.key)
+                known[fact.key] = fact, ids
+                told_in.setdefault(fact.key, set()).add(index)
+        for index in indices:
+            pieces, asked = list(tells[index]), set()
+            last = Piece()
+            while sum(len(piece.tokens) for piece in pieces) < self.length:
+                # Rows that teach keys alone have little beside facts and questions.
+                draw = self.random.random() * (1.0 if index < self.spoken else 3.0)
+                if draw < 0.12:
+                    last = self._book(40)
+                elif draw < 0.2:
+                    last = self._talk()
                 else:
-                    self._ask(row, index, told, where)
-        return rows
+                    far = [key for key, places in told_in.items() if index not in places and key not in asked]
+                    last = self._ask(theme, known, far, asked)
+                pieces.append(last)
+            before = pieces[:-1]  # the last one is cut off at the row's end, and is never a statement
+            self.random.shuffle(before)
+            for piece in [*before, pieces[-1]]:
+                rows[index].extend(piece)
 
-    def _book(self, row: _Row) -> None:
-        count = self.random.randint(12, 70)
-        start = self.random.randrange(len(self.book) - count)
-        row.add(self.book[start : start + count].tolist(), BOOK)
-        if self.random.random() < 0.6:
-            row.add(self.newline, BOOK)
+    def _between(self, told: Piece) -> Piece:
+        """A statement with book text before it, and often behind it."""
+        piece = self._book(self.random.choice((16, 40, 90)))
+        piece.add(self.newline, BOOK)
+        piece.extend(told)
+        if self.random.random() < 0.7:
+            piece.extend(self._book(self.random.choice((16, 40, 90))))
+        return piece
 
-    def _small_talk(self, row: _Row) -> None:
-        said, reply = self.random.choice(SMALL_TALK)
-        row.add([self.user, *self.ids(said), self.end], ASKED)
-        row.add([self.assistant, *self.ids(reply), self.end], REPLY)
-
-    def _tell(self, row: _Row, fact: Fact, identity: int) -> None:
-        """A statement, in a chat turn or as a paragraph of a document; its value and the mark after it are written."""
-        chat = self.random.random() < 0.55
-        if chat:
-            row.add([self.user], STATEMENT)
-        before, *after = fact.statement.split("{v}")
-        row.add(self.ids(before.rstrip(" ")), STATEMENT)
-        space = " " if before.endswith(" ") else ""
-        row.add(self.ids(space + fact.value + after[0][:1]), STATEMENT, WRITTEN, identity)
-        rest = fact.value.join([after[0][1:], *after[1:]])
-        if chat:
-            row.add(self.ids(rest + self.random.choice(TAILS)), STATEMENT, EITHER if rest else NOT_WRITTEN)
-            row.add([self.end], STATEMENT)
-            row.add([self.assistant, *self.ids(ACKNOWLEDGED), self.end], REPLY)
+    def _next_fact(
+        self, theme: Theme, known: dict[str, tuple[Fact, list[int]]], here: set[str]
+    ) -> Fact | None:
+        """A new fact, an old one in other words, or a correction; none if the row has it already."""
+        draw = self.random.random()
+        if known and draw < 0.3:
+            fact = known[self.random.choice(list(known))][0]
+            if draw < 0.15:
+                fact = self.facts.corrected(fact)
         else:
-            row.add(self.ids(rest), STATEMENT, EITHER)
-            row.add(self.newline, BOOK)
+            fact = self.facts.make(theme)
+            if fact.key in known:
+                return None
+        return None if fact.key in here else fact
+
+    def _book(self, most: int) -> Piece:
+        piece = Piece()
+        count = most if most == self.length else self.random.randint(min(12, most), most)
+        start = self.random.randrange(max(1, len(self.book) - count))
+        piece.add(self.book[start : start + count].tolist(), BOOK)
+        if self.random.random() < 0.6:
+            piece.add(self.newline, BOOK)
+        return piece
+
+    def _talk(self) -> Piece:
+        piece = Piece()
+        said, reply = self.random.choice(self.talk.pairs)
+        piece.add([self.user, *self.ids(said), self.end], ASKED)
+        piece.add([self.assistant, *self.ids(reply), self.end], REPLY)
+        return piece
+
+    def _tell(self, fact: Fact, chat: bool, row: int) -> tuple[Piece, list[int]]:
+        """A statement, in a chat turn or as a paragraph of a document, and the ids that recall its value."""
+        pick, chance = self.random.choice, self.random.random
+        lead = pick(self.talk.leads) if chance() < (0.3 if chat else 0.1) else ""
+        filler = pick(self.talk.fillers) if chance() < (0.15 if chat else 0.05) else ""
+        statement = pick(fact.statements)
+        value = fact.value
+        if not lead or lead[-1] in ".!?":
+            statement = capitalised(statement)
+            value = capitalised(value) if statement.startswith("{v}") else value
+        text = " ".join(part for part in (filler, lead, statement) if part)
+        if chance() < 0.2:
+            text += " " + pick(self.talk.tails if chat else self.talk.fillers)
+        before, _, after = text.partition("{v}")
+        space = " " if before.endswith(" ") else ""
+        ids = self.ids(space + value)
+        recalled = ids if space else [self.spaced.get(ids[0], ids[0]), *ids[1:]]
+        piece = Piece()
+        piece.add([self.user] if chat else [], STATEMENT)
+        piece.add(self.ids(before.rstrip(" ")), STATEMENT, UNLIKELY)
+        piece.value(ids, fact.key, recalled, told=True)
+        again = "{v}" in after
+        piece.add(self.ids(after.replace("{v}", value)), STATEMENT, EITHER if again else UNLIKELY)
+        if chat:
+            piece.add([self.end], STATEMENT)
+            if row < self.spoken or chance() < 0.3:
+                piece.add([self.assistant, *self.ids(self.talk.acknowledged), self.end], REPLY)
+        else:
+            piece.add(self.newline, BOOK)
+        return piece, recalled
 
     def _ask(
-        self, row: _Row, index: int, told: dict[str, tuple[int, Fact]], where: dict[str, tuple[int, int]]
-    ) -> None:
+        self, theme: Theme, known: dict[str, tuple[Fact, list[int]]], far: list[str], asked: set[str]
+    ) -> Piece:
         """A question and its answer: the value if the user told it, else that nobody did."""
-        far = [
-            key
-            for key, (told_in, place) in where.items()
-            if key not in row.asked and (told_in != index or len(row.tokens) - place > 2 * self.window)
-        ]
-        if far and self.random.random() < 0.88:
-            identity, fact = told[self.random.choice(far)]
+        pick, chance = self.random.choice, self.random.random
+        if far and chance() < 0.8:
+            fact, ids = known[pick(far)]
         else:
-            identity, fact = 0, self.facts.make()
-            if fact.key in told:
-                return
-        row.asked.add(fact.key)
-        question = self.random.choice(ASK_LEADS) + self.random.choice(fact.questions)
-        row.add([self.user, *self.ids(question), self.end], ASKED)
-        row.add([self.assistant, *self.ids(fact.answer)], REPLY)
-        if identity:
-            row.add(self.ids(f" {fact.value}."), REPLY, NOT_WRITTEN, identity, recall=True)
+            fact, ids = self.facts.make(theme if chance() < 0.6 else None), []
+            if fact.key in known:
+                return Piece()
+        asked.add(fact.key)
+        question = pick(fact.questions)
+        lead = pick(self.talk.asks) if chance() < 0.35 else ""
+        question = (
+            f"{lead} {question}" if lead and lead[-1] not in ".!?" else f"{lead} {capitalised(question)}"
+        )
+        if chance() < 0.15:
+            question += " " + pick(self.talk.asktails)
+        piece = Piece()
+        piece.add([self.user, *self.ids(question.strip()), self.end], ASKED)
+        piece.add([self.assistant, *self.ids(ANSWER)], REPLY)
+        if ids:
+            piece.value(ids, fact.key, ids, told=False)
+            piece.add(self.ids("."), REPLY, nothing=True)
         else:
-            row.add(self.ids(UNKNOWN), REPLY)
-        row.add([self.end], REPLY)
+            piece.add(self.ids(UNKNOWN), REPLY, nothing=True)
+        piece.add([self.end], REPLY)
+        return piece

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,28 @@ from titanmem.decoder_config import DecoderConfig
 from titanmem.facts import FactMaker, Words
 from titanmem.folder import save_decoder
 from titanmem.muon import Muon
-from titanmem.objective import Weights, step_loss
-from titanmem.stream import BatchMaker
+from titanmem.needles import heldout_needles
+from titanmem.objective import Compiled, Weights, step_loss
+from titanmem.phrasebook import PhraseBook, capitalised, load
+from titanmem.recall import Listener
+from titanmem.skim_training import train_skim
+from titanmem.spec import MemorySpec
+from titanmem.stream import ANSWER, UNKNOWN, BatchMaker
+from titanmem.tokenizer import ChatTokenizer
+from titanmem.training_report import write_report
 
 logger = logging.getLogger(__name__)
+
+MATRICES = ("layers.", "memory.lookahead.")
+"""Where Muon takes the two-dimensional parameters."""
+SMALL = DecoderConfig(memory=MemorySpec(code_active=64))
+"""The default model: 6.5 million weights, 17 MB in float16."""
+SKIM_ROWS = 96
+"""Rows of one batch for the skim."""
+CHECK_STEPS = 200
+"""Steps between two checkpoints."""
+MODES = {"mac": 0.5, "mag": 0.25, "mal": 0.25}
+"""How often each mode is trained: they share all but what meets the memory in one layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,14 +56,19 @@ class TrainConfig:
     """Text files, plain or .xz, that the model may see."""
     minutes: float = 90.0
     """Time to train, minutes of wall clock."""
-    rows: int = 8
-    tokens: int = 512
-    """Tokens a row; a multiple of the window."""
+    spoken: int = 6
+    silent: int = 14
+    books: int = 2
+    """Rows of a batch: chat with replies to learn, facts and questions for the memory alone, and book text."""
+    tokens: int = 256
+    """Tokens a row; a multiple of the window, or one window at most."""
     matrix_lr: float = 0.02
     """Learning rate of the matrices, by Muon."""
     other_lr: float = 2e-3
     """Learning rate of everything else, by AdamW; embeddings take ten times as much."""
     warmup_steps: int = 40
+    skim_steps: int = 500
+    """Batches of the last part, which learns what to skim over, beyond `minutes`."""
     report_steps: int = 25
     seed: int = 0
     threads: int = 2
@@ -67,25 +92,35 @@ class Material:
     tokenizer: Tokenizer
     book: np.ndarray
     words: Words
+    phrases: PhraseBook
+
+
+def spoken_samples(words: Words, phrases: PhraseBook, count: int) -> Iterator[str]:
+    """Statements, questions and answers, as material for a tokenizer."""
+    maker = FactMaker(words, phrases, seed=1)
+    for _ in range(count):
+        fact = maker.make()
+        yield capitalised(maker.random.choice(fact.statements).replace("{v}", fact.value))
+        yield capitalised(maker.random.choice(fact.questions))
+        yield f"{ANSWER} {fact.value}. {ANSWER}{UNKNOWN}"
+    for said, reply in phrases.talk.pairs:
+        yield from (said, reply)
 
 
 def prepare(config: TrainConfig, vocab_size: int, words: Words | None = None) -> Material:
     """Read the texts, make the tokenizer (kept in `out`, so that a resumed run has the same) and the word lists."""
     texts = [read_text(path) for path in config.data]
-    words = words or words_of(texts)
+    words, phrases = words or words_of(texts), load()
     path = config.out / "tokenizer.json"
     if config.resume and path.is_file():
         tokenizer = Tokenizer.from_file(str(path))
     else:
-        maker = FactMaker(words, seed=1)
-        statements = [maker.make().statement for _ in range(20_000)]
-        tokenizer = train_tokenizer(
-            [*(line for text in texts for line in paragraphs(text)), *statements], vocab_size
-        )
+        lines = (line for text in texts for line in paragraphs(text))
+        tokenizer = train_tokenizer(chain(lines, spoken_samples(words, phrases, 40_000)), vocab_size)
         config.out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(path))
     book = np.concatenate([token_stream(tokenizer, text) for text in texts])
-    return Material(tokenizer=tokenizer, book=book, words=words)
+    return Material(tokenizer=tokenizer, book=book, words=words, phrases=phrases)
 
 
 def initialised(config: DecoderConfig) -> Decoder:
@@ -102,7 +137,7 @@ def initialised(config: DecoderConfig) -> Decoder:
 def optimizers(decoder: Decoder, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside layers and memory, AdamW for embeddings, head, norms and gates."""
     named = dict(decoder.named_parameters())
-    matrices = [p for name, p in named.items() if p.ndim == 2 and name.startswith("layers.")]
+    matrices = [p for name, p in named.items() if p.ndim == 2 and name.startswith(MATRICES)]
     taken = {id(p) for p in matrices}
     scale = {"embed_tokens.weight": 10.0, "lm_head.weight": 2.0}
     groups = [
@@ -111,7 +146,7 @@ def optimizers(decoder: Decoder, config: TrainConfig) -> list[torch.optim.Optimi
         if id(p) not in taken
     ]
     muon = Muon(matrices, lr=config.matrix_lr)
-    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -163,14 +198,14 @@ class Trainer:
         if config.resume:
             self._load()
         # A resumed run draws new batches rather than the old ones again.
-        facts = FactMaker(self.material.words, seed=config.seed + 1_000_003 * self.step)
+        seed = config.seed + 1_000_003 * self.step
+        facts = FactMaker(self.material.words, self.material.phrases, seed)
         self.batches = BatchMaker(
             self.material.tokenizer, self.material.book, facts,
-            rows=config.rows, tokens=config.tokens, window=decoder_config.memory.window,
+            tokens=config.tokens, spoken=config.spoken, silent=config.silent, books=config.books,
         )  # fmt: skip
-        self.lower, self.upper = self.decoder.lower_blocks, self.decoder.upper_blocks
-        if config.compiled:
-            self.lower, self.upper = torch.compile(self.lower), torch.compile(self.upper)
+        self.modes = random.Random(seed)
+        self.calls = Compiled.twins(self.decoder) if config.compiled else Compiled.plain(self.decoder)
 
     @property
     def checkpoint(self) -> Path:
@@ -200,8 +235,7 @@ class Trainer:
         torch.save(state, temporary)
         temporary.replace(self.checkpoint)
         save_decoder(self.decoder, self.config.out, self.material.tokenizer.to_str())
-        report = {"config": {k: str(v) for k, v in asdict(self.config).items()}, "history": self.history}
-        (self.config.out / "training.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write_report(self.config.out, asdict(self.config), self.history)
 
     def advance(self) -> dict[str, float]:
         """One step of the optimisers; its figures."""
@@ -210,7 +244,8 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * learning_rate(progress, self.step, self.config.warmup_steps)
         batch = self.batches.make()
-        result = step_loss(self.decoder, batch, Weights(), self.generator, self.lower, self.upper)
+        (mode,) = self.modes.choices(list(MODES), list(MODES.values()))
+        result = step_loss(self.decoder, batch, Weights(), self.generator, mode, self.calls)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         result.loss.backward()
@@ -227,20 +262,47 @@ class Trainer:
     def run(self, progress: Callable[[dict[str, float]], None]) -> None:
         """Train until the time is up; `progress` gets the mean figures every `report_steps`."""
         last, window = time.monotonic(), []
-        while self.spent_s < 60.0 * self.config.minutes:
-            window.append(self.advance())
-            now = time.monotonic()
-            self.spent_s, last = self.spent_s + now - last, now
-            if self.step % self.config.report_steps == 0:
-                mean = {name: float(np.nanmean([figures[name] for figures in window])) for name in window[0]}
-                tokens = len(window) * self.config.rows * self.config.tokens
-                mean |= {"step": self.step, "spent_s": self.spent_s, "tokens": tokens}
-                self.history.append(mean)
-                window = []
-                progress(mean)
-            if self.step % 200 == 0:
-                self.save()
-        self.save()
+        try:
+            while self.spent_s < 60.0 * self.config.minutes:
+                window.append(self.advance())
+                now = time.monotonic()
+                self.spent_s, last = self.spent_s + now - last, now
+                checking = self.step % CHECK_STEPS == 0
+                if checking:
+                    self.save()
+                if checking or self.step % self.config.report_steps == 0:
+                    self.history.append(self._summed(window, checking))
+                    window = []
+                    progress(self.history[-1])
+            # Skimming is learned last: it needs no model, only what is to be written.
+            texts = partial(self.batches.documents, SKIM_ROWS)
+            train_skim(self.decoder.memory.skim, texts, self.config.skim_steps, progress)
+        finally:  # a run that is stopped keeps what it has learned
+            self.save()
+
+    def _summed(self, window: list[dict[str, float]], checking: bool) -> dict[str, float]:
+        """Mean figures of some steps, and now and then what is recalled of facts that training never has."""
+        rows = self.config.spoken + self.config.silent + self.config.books
+        mean = {name: float(np.nanmean([figures[name] for figures in window])) for name in window[0]}
+        mean |= {
+            "step": self.step,
+            "spent_s": self.spent_s,
+            "tokens": len(window) * rows * self.config.tokens,
+        }
+        if checking:
+            mean["heldout_recall"] = self.heldout_recall()
+        return mean
+
+    def heldout_recall(self, count: int = 40) -> float:
+        """Share of held-out facts, all told to one memory, that free replies contain."""
+        needles = heldout_needles(self.material.words, self.material.phrases, count, seed=self.config.seed)
+        with torch.no_grad():
+            listener = Listener(self.decoder, ChatTokenizer(self.config.out))
+            for needle in needles:
+                listener.say(needle.fact)
+            listener.rest()
+            replies = listener.ask([needle.question for needle in needles])
+        return sum(n.found_in(reply) for n, reply in zip(needles, replies, strict=True)) / count
 
 
 def run(
@@ -249,7 +311,7 @@ def run(
     decoder_config: DecoderConfig | None = None,
 ) -> Path:
     """Train as `config` says and return the model folder."""
-    trainer = Trainer(config, decoder_config or DecoderConfig())
+    trainer = Trainer(config, decoder_config or SMALL)
     logger.info("training %d parameters on %d tokens of text",
                 sum(p.numel() for p in trainer.decoder.parameters()), len(trainer.material.book))  # fmt: skip
     trainer.run(progress)

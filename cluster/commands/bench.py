@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cluster.commands.bench_tables import show_conversation, show_kvcache, show_memory, show_needles
 from cluster.commands.serve import Mode
-from cluster.commands.terminal import (
-    CommandFailed,
-    JsonOption,
-    byte_count,
-    emit,
-    note,
-    progress_bar,
-    show_table,
-)
+from cluster.commands.terminal import CommandFailed, JsonOption, emit, note, progress_bar
 
 app = typer.Typer(
-    help="Measurements: recall over long texts, and the memory alone.",
+    help="Measurements: recall over long texts and of people's own words, the memory alone, a cache beside it.",
     no_args_is_help=True,
     add_completion=False,
 )
 
 LENGTHS = "65536,262144,1048576,2097152"
 LENGTH_MAX = 1 << 28
-Z_95 = 1.959963984540054
-"""Quantile of the normal distribution that leaves 5 % outside on both sides together."""
 
 
 @app.callback()
 def bench() -> None:
-    """Measurements: recall over long texts, and the memory alone."""
+    """Measurements: recall over long texts and of people's own words, the memory alone, a cache beside it."""
 
 
 class Rule(StrEnum):
@@ -155,16 +145,77 @@ def memory(
         raise CommandFailed("the memory is not right, so nothing was timed: " + "; ".join(result["mistakes"]))
 
 
-def show_memory(result: dict[str, Any]) -> None:
-    """The ratios, speeds and sizes of one run."""
-    ratios = [(name, "not measured" if x is None else f"{x:,.1f} x") for name, x in result["ratios"].items()]
-    show_table(("ours over", "ratio"), ratios, title=f"memory: {result['hardware']}, {result['date']}")
-    speeds = [(name, f"{x:,.0f}") for name, x in result["tokens_per_s"].items()]
-    show_table(("path", "tokens/s"), speeds)
-    sizes = [
-        (f"state after {int(tokens):,} tokens", byte_count(x)) for tokens, x in result["state_bytes"].items()
-    ]
-    show_table(("what", "value"), [("write lock, p99", f"{result['lock_p99_ms']:.3f} ms"), *sizes])
+@app.command(epilog="Example: titanmem bench conversation --crowd 200 --json")
+def conversation(
+    crowd: Annotated[int, typer.Option("--crowd", min=1, max=200, help="Facts that one user is told.")] = 20,
+    mode: Annotated[Mode, typer.Option("--mode", help="How memory meets attention.")] = Mode.mac,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--needles", exists=True, file_okay=False, help="Folder of the four files; default: ours."
+        ),
+    ] = None,
+    consolidate: Annotated[
+        int | None,
+        typer.Option("--consolidate", min=0, max=16, help="Passes before asking; default: as serving."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Model folder; default: the one that ships.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Facts in people's own words, told in chat: what is recalled, corrected, kept apart, and not made up."""
+    note("loading the model …")
+    from cluster.conversation_bench import FOLDER, ConversationOptions, run_conversation_bench
+
+    options = ConversationOptions(
+        folder=folder or FOLDER, crowd=crowd, mode=mode.value, model=model, consolidate=consolidate
+    )
+    with _progress() as bar:
+        task = bar.add_task("conversation", total=1.0)
+        result = run_conversation_bench(
+            options, lambda what, share: bar.update(task, completed=share, description=what)
+        )
+    if json:
+        emit(result)
+    else:
+        show_conversation(result)
+
+
+@app.command(epilog="Example: titanmem bench kvcache --tokens 65536 --json")
+def kvcache(
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1024, max=LENGTH_MAX, help="Tokens of the text.")
+    ] = 65536,
+    measured: Annotated[
+        int,
+        typer.Option(
+            "--measured", min=1024, max=LENGTH_MAX, help="Longest cache that is allocated and timed."
+        ),
+    ] = 262_144,
+    threads: Annotated[int, typer.Option("--threads", min=1, max=256, help="Threads of both sides.")] = 2,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Model folder; default: the one that ships.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """The same decoder with a memory and a window, and with full attention over a cache of all it has read."""
+    note("loading the model …")
+    from cluster.kvcache_bench import KvCacheOptions, run_kvcache_bench
+
+    options = KvCacheOptions(tokens=tokens, measured_tokens=measured, threads=threads, model=model)
+    with _progress() as bar:
+        task = bar.add_task("kvcache", total=1.0)
+        try:
+            result = run_kvcache_bench(
+                options, lambda what, share: bar.update(task, completed=share, description=what)
+            )
+        except (MemoryError, RuntimeError) as error:
+            raise CommandFailed(f"{error}: take fewer --measured tokens") from error
+    if json:
+        emit(result)
+    else:
+        show_kvcache(result)
 
 
 def _progress() -> Progress:
@@ -174,45 +225,6 @@ def _progress() -> Progress:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
-
-
-def show_needles(result: dict[str, Any]) -> None:
-    """The recall of each length with its 95 % interval, and what it cost."""
-    rows = []
-    for row in result["lengths"]:
-        low, high = wilson(round(row["recall"] * row["queries"]), row["queries"])
-        rows.append(
-            (
-                f"{row['tokens']:,}",
-                row["queries"],
-                f"{row['recall']:.1%}",
-                f"{low:.1%} to {high:.1%}",
-                f"{row['ttft_ms']:.0f} ms",
-                byte_count(row["state_bytes"]),
-                f"{row['ingest_tokens_per_s']:,.0f}",
-                f"{row['written_share']:.3%}",
-            )
-        )
-    title = (
-        f"needles: mode {result['mode']}, rule {result['rule']}, "
-        f"chunk {result['chunk_size']}, window {result['window']}"
-    )
-    columns = ("tokens", "queries", "recall", "95 % interval", "first token", "state", "tokens/s", "written")
-    show_table(columns, rows, title=title)
-
-
-def wilson(hits: int, trials: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's score interval of a share: holds at 0 and 1, where the normal one has no width.
-
-    Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
-    """
-    if not 0 <= hits <= trials or trials == 0:
-        raise ValueError(f"hits: {hits} of {trials} trials is no share")
-    share = hits / trials
-    middle = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
 def _lengths(text: str) -> tuple[int, ...]:

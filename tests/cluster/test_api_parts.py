@@ -161,7 +161,7 @@ def test_settings_come_from_the_configuration_and_are_checked():
     config = Config(api_keys={"acme": "key-of-acme"}, admin_key="key-of-admin", body_bytes_max=5000)
     settings = DoorSettings.of(config, model="m")
     assert (settings.api_keys, settings.admin_key) == ({"acme": "key-of-acme"}, "key-of-admin")
-    assert (settings.body_bytes_max, settings.mode, settings.model) == (5000, "mac", "m")
+    assert (settings.body_bytes_max, settings.modes, settings.model) == (5000, ("mac", "mag", "mal"), "m")
     assert "key-of" not in repr(settings)
     for wrong in ({"model": ""}, {"body_bytes_max": 1}, {"body_idle_s_max": 0}, {"max_tokens_max": 1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from cluster import cli
 from cluster.commands import checks, ending, ingest
-from cluster.commands.bench import wilson
+from cluster.commands.bench_tables import wilson
 from cluster.commands.checks import Finding
 from cluster.commands.terminal import CommandFailed, figure, printable
 from cluster.config import Config
@@ -45,6 +45,8 @@ COMMANDS = [
     "snapshot verify",
     "snapshot restore",
     "snapshot prune",
+    "bench conversation",
+    "bench kvcache",
     "bench memory",
     "bench needle",
     "train",

@@ -11,7 +11,7 @@ import torch
 from tests.tiny_model import tiny_config, tiny_decoder, tiny_folder
 from titanmem.cache import Cache
 from titanmem.decoder import Decoder
-from titanmem.decoder_config import DecoderConfig
+from titanmem.decoder_config import SERVED, DecoderConfig
 from titanmem.errors import ModelFolderError
 from titanmem.folder import base_hash, load_decoder
 
@@ -20,7 +20,7 @@ SAME = 2e-5
 
 
 def through_cache(
-    decoder: Decoder, tokens: torch.Tensor, cuts: list[int], read: torch.Tensor
+    decoder: Decoder, tokens: torch.Tensor, cuts: list[int], read: torch.Tensor, mode: str
 ) -> torch.Tensor:
     """Normalised outputs of one conversation, prefilled in pieces and then token by token."""
     cache, outs, start = Cache(decoder.config, 1), [], 0
@@ -33,27 +33,41 @@ def through_cache(
         said[:, : part.shape[1]] = read[:, start:cut]
         cache.begin(torch.tensor([part.shape[1]]), width)
         x, _ = decoder.lower_cached(padded, cache)
-        outs.append(decoder.upper_cached(x, said, cache)[:, : part.shape[1]])
+        outs.append(decoder.upper_cached(x, said, cache, mode)[:, : part.shape[1]])
         cache.advance()
         start = cut
     return torch.cat(outs, 1)
 
 
+@pytest.mark.parametrize("mode", SERVED["mode"])
 @pytest.mark.parametrize("cuts", [[1], [16], [5, 21], [16, 32, 40], [3, 4, 20]])
-def test_cached_steps_equal_whole_rows(cuts):
+def test_cached_steps_equal_whole_rows(cuts, mode):
     decoder = tiny_decoder()
     tokens = torch.randint(4, 300, (1, 64), generator=torch.Generator().manual_seed(1))
     read = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(2))
     x, _ = decoder.lower_blocks(tokens)
-    whole = decoder.upper_blocks(x, read)
-    assert (through_cache(decoder, tokens, cuts, read) - whole).abs().max() < SAME
+    whole = decoder.upper_blocks(x, read, mode)
+    assert (through_cache(decoder, tokens, cuts, read, mode) - whole).abs().max() < SAME
 
 
-def test_queries_and_keys_are_the_same_both_ways():
+def test_each_mode_hears_the_memory_in_its_own_way():
+    decoder = tiny_decoder()
+    tokens = torch.randint(4, 300, (1, 32), generator=torch.Generator().manual_seed(1))
+    read = torch.randn(1, 32, 16, generator=torch.Generator().manual_seed(2))
+    x, _ = decoder.lower_blocks(tokens)
+    heard = {mode: decoder.upper_blocks(x, read, mode) for mode in SERVED["mode"]}
+    silent = {mode: decoder.upper_blocks(x, torch.zeros_like(read), mode) for mode in SERVED["mode"]}
+    for mode, out in heard.items():
+        assert not torch.allclose(out, silent[mode], atol=1e-3), mode
+        assert all(mode == other or not torch.allclose(out, heard[other], atol=1e-3) for other in heard)
+    assert torch.allclose(silent["mag"], silent["mal"], atol=SAME), "nothing said: both are the plain decoder"
+
+
+def test_queries_are_the_same_both_ways():
     decoder = tiny_decoder()
     tokens = torch.randint(4, 300, (1, 32), generator=torch.Generator().manual_seed(1))
     _, hidden = decoder.lower_blocks(tokens)
-    _, query = decoder.memory.keys_queries(hidden, decoder.zeros(1, 4))
+    query = decoder.memory.queries(hidden, decoder.zeros(1, 4))
     cache, got = Cache(decoder.config, 1), []
     for start in (0, 16):
         cache.begin(torch.tensor([16]), 16)
@@ -124,6 +138,7 @@ def test_a_broken_folder_names_what_is_wrong(tmp_path):
     for change, said in (
         ({"hidden_size": 64}, "has shape"),
         ({"num_hidden_layers": 5}, "missing tensors"),
+        ({"modes": ["lmm"]}, r"modes = \['lmm'\]: must be some of"),
         ({"model_type": "bert"}, "model_type = 'bert'"),
         ({"memory": {**config["memory"], "chunk_size": 32}}, "must be at most window"),
         ({"memory_layer": 9}, "memory_layer = 9"),
@@ -145,7 +160,6 @@ def test_grouped_heads_are_configured_right():
 @pytest.mark.parametrize(
     ("knobs", "said"),
     [
-        ({"mode": "mag"}, "memory.mode = 'mag': the decoder serves mac"),
         ({"rule": "titans"}, "memory.rule = 'titans': the decoder serves sparse"),
         ({"written_layers": "all"}, "the decoder serves last"),
     ],
@@ -153,3 +167,11 @@ def test_grouped_heads_are_configured_right():
 def test_what_the_decoder_does_not_serve_is_refused(knobs, said):
     with pytest.raises(ValueError, match=said):
         replace(tiny_config(), memory=tiny_config().memory.overridden(knobs))
+
+
+def test_a_mode_that_was_not_trained_is_refused_by_name(tmp_path):
+    config = replace(tiny_config(), modes=("mac",))
+    assert DecoderConfig.from_dict(config.to_dict()) == config
+    assert config.served("mac", tmp_path) == "mac"
+    with pytest.raises(ModelFolderError, match="mode 'mag': this checkpoint was trained for mac"):
+        config.served("mag", tmp_path)

@@ -148,14 +148,65 @@ def test_what_is_known_is_not_surprising(encoder):
     assert again.tokens_written == again.updates == 0
 
 
-def test_context_matters_and_is_cut_to_the_window(encoder):
+def test_context_matters_and_a_quarter_of_the_window_is_enough(encoder):
     long, tokens = ids(100, 1), ids(8, 2)
-    near = encoder.encode(long[-16:], tokens)
+    near = encoder.encode(long[-4:], tokens)
     far = encoder.encode(long, tokens)
     alone = encoder.encode(NOTHING, tokens)
     assert torch.equal(near.weight_N, far.weight_N)
     assert torch.equal(near.columns_NK, far.columns_NK)
     assert not torch.equal(near.weight_N[:1], alone.weight_N[:1])
+
+
+def test_a_block_is_a_function_of_the_text_around_it(encoder):
+    """Blocks of 8 tokens with 4 on either side: what lies further away changes no bit, what lies nearer does."""
+    text = ids(64, 3)
+
+    def block(changed: int | None) -> list[bytes]:
+        tokens = text.copy()
+        if changed is not None:
+            tokens[changed] = (tokens[changed] + 1) % 300
+        written = encoder.encode(NOTHING, tokens)
+        inside = (written.position_N >= 16) & (written.position_N < 24)
+        return [
+            row[inside].numpy().tobytes() for row in (written.columns_NK, written.values_NK, written.weight_N)
+        ]
+
+    whole = block(None)
+    assert all(block(place) == whole for place in (0, 11, 28, 63))
+    assert all(block(place) != whole for place in (12, 15, 24, 27))
+
+
+def test_what_comes_after_a_token_is_part_of_its_key(encoder):
+    first, second = (encoder.encode(NOTHING, np.concatenate([ids(6, 1), ids(4, seed)])) for seed in (2, 3))
+    assert 0 in first.position_N
+    assert not torch.equal(first.values_NK[:1], second.values_NK[:1])
+
+
+def test_long_text_is_skimmed_and_a_turn_is_not():
+    decoder = tiny_decoder()
+    skim = decoder.memory.skim
+    with torch.no_grad():
+        for parameter in skim.parameters():
+            parameter.zero_()
+        skim.embed.weight[7, 0] = 1.0  # token 7 is what this skim looks for, itself and nothing around it
+        skim.out.weight[0, 0] = 1.0
+        skim.bias.fill_(-0.5)
+    encoder = Encoder(decoder, decoder.config.memory.overridden({"surprise_threshold": 0.05}))
+    text = np.where(ids(96, 3) == 7, 8, ids(96, 3)).astype(np.int32)
+    assert not len(encoder.encode(NOTHING, text).position_N)
+    assert len(encoder.encode(NOTHING, text[:16]).position_N), (
+        "a turn is encoded whatever skimming thinks of it"
+    )
+    text[43] = 7
+    places = encoder.encode(NOTHING, text).position_N
+    assert len(places)
+    assert 40 <= int(places.min()) <= int(places.max()) < 48, "its block"
+    with torch.no_grad():
+        skim.bias.fill_(9.0)
+    everything = encoder.encode(NOTHING, text)
+    kept = torch.isin(everything.position_N, places)
+    assert torch.equal(everything.values_NK[kept], encoder.encode(NOTHING, text).values_NK[kept])
 
 
 def test_an_id_outside_the_vocabulary_is_refused(encoder):
