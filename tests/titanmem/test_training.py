@@ -130,8 +130,9 @@ def test_the_newest_value_is_the_one_that_is_asked_for(batches):
             for place in batch.recall[row].nonzero()[0]:
                 told = first_of.get((int(batch.group[row]), int(batch.identity[row, place])), [])
                 if len(set(told)) > 1:
-                    newest = batches.spaced.get(told[-1], told[-1])
-                    assert int(batch.tokens[row, place]) == newest
+                    # As told, or, where it began a text, as it stands behind a space.
+                    newest = {told[-1], batches.spaced.get(told[-1], told[-1])}
+                    assert int(batch.tokens[row, place]) in newest
                     corrected += 1
     assert corrected > 3
 
