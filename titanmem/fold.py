@@ -80,7 +80,7 @@ class Encoder:
 
         Raises ValueError for an id outside the vocabulary.
         """
-        before = context[-self.side :] if self.side else context[:0]
+        before = context[-self.side :]
         ids = torch.from_numpy(np.concatenate([before, tokens]).astype(np.int64))
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.values_VD):
             raise ValueError(f"token id outside the vocabulary of {len(self.values_VD)}")
