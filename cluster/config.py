@@ -91,7 +91,7 @@ class Config:
             object.__setattr__(self, name, _absolute_url(name, getattr(self, name)))
         object.__setattr__(self, "journal_dir", str(Path(self.journal_dir).expanduser().absolute()))
         object.__setattr__(self, "api_keys", _check_keys(self.api_keys))
-        object.__setattr__(self, "spec", _check_spec(self.spec))
+        object.__setattr__(self, "spec", checked_spec(self.spec))
         for name, low, high in _RANGES:
             _check_range(name, getattr(self, name), low, high)
         _check_range("snapshot_interval_s", self.snapshot_interval_s or 60, 60, 31_536_000)
@@ -297,7 +297,7 @@ def _check_keys(keys: Mapping[str, str]) -> dict[str, str]:
     return dict(keys)
 
 
-def _check_spec(spec: Mapping[str, object]) -> dict[str, object]:
+def checked_spec(spec: Mapping[str, object]) -> dict[str, object]:
     """Names and single ranges; how knobs go together is checked with the checkpoint's own, at its loading."""
     plain: dict[str, object] = {}
     for knob, value in spec.items():

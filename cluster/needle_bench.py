@@ -11,8 +11,9 @@ import random
 import secrets
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,6 +53,9 @@ class NeedleOptions:
     rule: str = "sparse"
     depths: int = 10
     queries: int = 20
+    """Questions of a run."""
+    facts: tuple[int, ...] = ()
+    """Facts to hide in a run, one row of figures for each number; empty is as many as there are questions."""
     runs: int = 1
     seed: int = 0
     model: Path | None = None
@@ -59,6 +63,8 @@ class NeedleOptions:
     """How the questions see the memory: `read_only`, or `off` for the baseline that must not know."""
     consolidate: int | None = None
     """Passes over the reservoir before the questions; None is what serving does while a user rests."""
+    spec: Mapping[str, object] = field(default_factory=dict)
+    """Knobs of the `MemorySpec` that win over the checkpoint's."""
 
 
 def passes_of(consolidate: int | None) -> int:
@@ -91,22 +97,22 @@ async def _run(options: NeedleOptions, report: Report) -> dict[str, Any]:
                 slots=2,
                 mode=options.mode,
                 rule=options.rule,
+                spec_overrides=options.spec,
                 persist_tokens=PERSIST_TOKENS,
                 consolidate_after_s=0.0,  # when it is to be is said below
             )
         )
         try:
-            for index, length in enumerate(options.lengths):
+            points = [*product(options.lengths, options.facts or (options.queries,))]
+            share = 1 / (len(points) * options.runs)
+            for index, (length, facts) in enumerate(points):
                 measured = []
                 for run in range(options.runs):
                     rng = random.Random(f"{options.seed}/{length}/{run}")
-                    chosen = [
-                        needles[i]
-                        for i in rng.sample(range(len(needles)), min(options.queries, len(needles)))
-                    ]
-                    one = _Run(keeper, tokenizer, UserKey("bench", f"n{length}r{run}"), chosen, options)
-                    done = (index * options.runs + run) / (len(options.lengths) * options.runs)
-                    share = 1 / (len(options.lengths) * options.runs)
+                    chosen = [needles[i] for i in rng.sample(range(len(needles)), min(facts, len(needles)))]
+                    key = UserKey("bench", f"n{length}f{facts}r{run}")
+                    one = _Run(keeper, tokenizer, key, chosen, options)
+                    done = (index * options.runs + run) * share
                     measured.append(await one.measure(haystack, length, rng, report, done, share))
                 rows.append(_summed(length, measured, keeper))
             spec = keeper.roster.spec
@@ -117,6 +123,7 @@ async def _run(options: NeedleOptions, report: Report) -> dict[str, Any]:
         "rule": options.rule,
         "memory": options.memory,
         "consolidate": passes_of(options.consolidate),
+        "spec": dict(options.spec),
         "chunk_size": spec.chunk_size,
         "window": spec.window,
         "seed": options.seed,
@@ -152,17 +159,19 @@ class _Run:
             report(f"{length:,} tokens: consolidating", done + share * 0.9)
             await self.keeper.consolidator.consolidate(self.key, passes)
         replies, first_s = [], []
-        for number, needle in enumerate(self.needles):
+        asked = self.needles[: self.options.queries]
+        for number, needle in enumerate(asked):
             reply, seconds = await said_to(
                 self.keeper, self.tokenizer, self.key, needle.question, self.options.memory, REPLY_TOKENS_MAX
             )
             replies.append(reply)
             first_s.append(seconds)
-            report(f"{length:,} tokens: asking", done + share * (0.9 + 0.1 * number / len(self.needles)))
-        found = [needle.found_in(reply) for needle, reply in zip(self.needles, replies, strict=True)]
+            report(f"{length:,} tokens: asking", done + share * (0.9 + 0.1 * number / len(asked)))
+        found = [needle.found_in(reply) for needle, reply in zip(asked, replies, strict=True)]
         return {
             "found": found,
-            "families": [n.family for n in self.needles],
+            "facts": len(facts),
+            "families": [n.family for n in asked],
             "ingest_s": ingest_s,
             "first_s": first_s,
             "written": written,
@@ -208,6 +217,7 @@ def _summed(length: int, runs: list[dict[str, Any]], keeper: MemoryKeeper) -> di
     }
     return {
         "tokens": length,
+        "facts": runs[0]["facts"],
         "queries": len(found),
         "recall": sum(found) / len(found),
         "ttft_ms": 1000 * median(second for run in runs for second in run["first_s"]),

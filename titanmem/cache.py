@@ -33,6 +33,8 @@ class Cache:
         self.keys = torch.zeros(shape, device=device)
         self.values = torch.zeros(shape, device=device)
         self.ring_positions = torch.full((rows, self.window), -1, dtype=torch.int64, device=device)
+        self.ring_said = torch.zeros(rows, self.window, dtype=torch.bool, device=device)
+        """Where the memory's answer was not nothing."""
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         """Tokens seen so far in each conversation, [B]."""
         self.embeddings = torch.zeros(rows, config.embedding_conv - 1, config.hidden_size, device=device)
@@ -46,6 +48,7 @@ class Cache:
         view.window, view.context_layer = self.window, self.context_layer
         view.keys, view.values = self.keys[:, start:stop], self.values[:, start:stop]
         view.ring_positions, view.length = self.ring_positions[start:stop], self.length[start:stop]
+        view.ring_said = self.ring_said[start:stop]
         view.embeddings, view.history = self.embeddings[start:stop], self.history[start:stop]
         view.new_positions, view._count = self.new_positions[start:stop], self._count[start:stop]
         return view
@@ -72,6 +75,15 @@ class Cache:
         # A padding token writes back what its place holds; places of one step are distinct, for T <= W.
         ring_key.scatter_(2, index, torch.where(keep, key, ring_key.gather(2, index)))
         ring_value.scatter_(2, index, torch.where(keep, value, ring_value.gather(2, index)))
+        return seen
+
+    def said(self, new_BT: Tensor) -> Tensor:
+        """Where the memory said something, ring places and new tokens, [B, W + T]; the new ones are stored."""
+        seen = torch.cat([self.ring_said, new_BT], 1)
+        place, keep = self._places()
+        self.ring_said.scatter_(
+            1, place, torch.where(keep[:, 0, :, 0], new_BT, self.ring_said.gather(1, place))
+        )
         return seen
 
     def _places(self) -> tuple[Tensor, Tensor]:

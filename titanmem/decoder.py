@@ -26,6 +26,14 @@ from titanmem.rotary import rotary, rotated
 from titanmem.token_memory import SparseMemory, unit_rms
 
 
+def beside(mask: Tensor, said_BS: Tensor) -> Tensor:
+    """The mask of a layer that attends to what the memory said beside the tokens, [B, 1, T, 2 S].
+
+    Where it said nothing there is nothing to attend to: an empty memory leaves the decoder as it is.
+    """
+    return torch.cat([mask & said_BS[:, None, None], mask.expand(len(said_BS), -1, -1, -1)], 3)
+
+
 class Attention(nn.Module):
     """Sliding-window attention with optional extra context at the same positions."""
 
@@ -101,24 +109,28 @@ class Layer(nn.Module):
         normed = self.input_layernorm(x_BTE)
         query = attention.queries(normed, turn)
         sources = [attention.keys_values(normed, turn)]
+        said_BT = None
         if context_BTE is not None:
             sources.insert(0, attention.keys_values(context_BTE, turn))
+            said_BT = context_BTE.any(-1)
         tokens = x_BTE.shape[1]
         first = min(window, tokens)
-        causal = window_mask(first, 0, window, x_BTE.device).repeat(1, len(sources))
+        causal = window_mask(first, 0, window, x_BTE.device)
         outs = [
             attention.attend(
                 query[:, :, :first],
                 torch.cat([key[:, :, :first] for key, _ in sources], 2),
                 torch.cat([value[:, :, :first] for _, value in sources], 2),
-                causal,
+                causal if said_BT is None else beside(causal[None, None], said_BT[:, :first]),
             )
         ]
         if tokens > window:
-            outs.append(self._later_blocks(query, sources))
+            outs.append(self._later_blocks(query, sources, said_BT))
         return self.finish(x_BTE, torch.cat(outs, 1))
 
-    def _later_blocks(self, query: Tensor, sources: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _later_blocks(
+        self, query: Tensor, sources: list[tuple[Tensor, Tensor]], said_BT: Tensor | None
+    ) -> Tensor:
         """Blocks 1.. of `blocks`: blocks become rows, so that one call serves them all."""
         attention, window = self.self_attn, self.window
         rows, _, tokens, head = query.shape
@@ -131,7 +143,10 @@ class Layer(nn.Module):
 
         key = torch.cat([cut(k, start) for k, _ in sources for start in (0, window)], 2)
         value = torch.cat([cut(v, start) for _, v in sources for start in (0, window)], 2)
-        mask = window_mask(window, window, window, query.device).repeat(1, len(sources))
+        mask = window_mask(window, window, window, query.device)
+        if said_BT is not None:
+            pairs = said_BT.unfold(1, 2 * window, window).reshape(rows * count, 2 * window)
+            mask = beside(mask[None, None], pairs)
         out = attention.attend(cut(query, window), key, value, mask)
         return out.view(rows, count * window, -1)
 
@@ -145,10 +160,12 @@ class Layer(nn.Module):
         sources = [(layer, attention.keys_values(normed, turn))]
         if context_BTE is not None:
             sources.insert(0, (cache.context_layer, attention.keys_values(context_BTE, turn)))
+        mask = cache.mask()
+        if context_BTE is not None:
+            mask = beside(mask, cache.said(context_BTE.any(-1)))
         seen = [cache.extended(index, *key_value) for index, key_value in sources]
         key = torch.cat([k for k, _ in seen], 2) if len(seen) > 1 else seen[0][0]
         value = torch.cat([v for _, v in seen], 2) if len(seen) > 1 else seen[0][1]
-        mask = cache.mask().repeat(1, 1, 1, len(seen))
         return self.finish(x, attention.attend(query, key, value, mask))
 
 

@@ -37,6 +37,16 @@ class Fact:
     kind: str
     """Kind of value, as `FactMaker.value` takes it."""
     value: str
+    corrections: tuple[str, ...] = ()
+    """Statements that replace an earlier value, which they may name as `{old}`."""
+    old: str = ""
+    """The value that this one has replaced; empty for a fact that is new."""
+
+    def told(self, random: random.Random) -> str:
+        """One way to tell it, `{v}` left in it; a corrected fact often says that it is one."""
+        if self.old and self.corrections and random.random() < 0.6:
+            return random.choice(self.corrections).replace("{old}", self.old)
+        return random.choice(self.statements)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +113,7 @@ class FactMaker:
         """The same fact with another value."""
         while (value := self.value(fact.kind)) == fact.value:
             pass
-        return replace(fact, value=value)
+        return replace(fact, value=value, old=fact.value)
 
     def value(self, kind: str) -> str:
         """A value of this kind: one of the phrase book's lists, or one made up."""
@@ -164,6 +174,7 @@ class FactMaker:
                 family="person" if subject.key[:1].isupper() else "chat",
                 key=key,
                 statements=tuple(worded(text, subject, thing) for text in attribute.statements),
+                corrections=tuple(worded(text, subject, thing) for text in attribute.corrections),
                 questions=tuple(worded(text, subject, thing) for text in attribute.questions),
                 kind=kind,
                 value=self.value(kind),

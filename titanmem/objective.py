@@ -10,7 +10,6 @@ Axes: B rows, T tokens, N written tokens, Q reading tokens, H code width, D valu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,9 @@ from torch import Tensor
 from kernels.sparse import delta_errors
 from titanmem.decoder import Decoder
 from titanmem.stream import EITHER, REPLY, STATEMENT, UNLIKELY, WRITTEN, Batch
+
+SCORES_MAX = 2**26
+"""Scores of (place, token of the vocabulary) in a step, at most, some times over."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,25 +42,6 @@ class Weights:
     """Similarity under which nothing is found: a query for what nobody told must stay below it with every key."""
     negatives: float = 4.0
     """Weight of tokens that must not be written: there are thousands for each that must."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Compiled:
-    """The three functions of a decoder that a step spends its time in."""
-
-    lower: Callable[[Tensor], tuple[Tensor, Tensor]]
-    lookahead: Callable[[Tensor], Tensor]
-    upper: Callable[[Tensor, Tensor, str], Tensor]
-
-    @classmethod
-    def plain(cls, decoder: Decoder) -> Compiled:
-        return cls(lower=decoder.lower_blocks, lookahead=decoder.memory.lookahead, upper=decoder.upper_blocks)
-
-    @classmethod
-    def twins(cls, decoder: Decoder) -> Compiled:
-        """Compiled ones, which share their weights with the decoder."""
-        plain = cls.plain(decoder)
-        return cls(**{name: torch.compile(getattr(plain, name)) for name in cls.__slots__})
 
 
 @dataclass(slots=True)
@@ -103,10 +86,9 @@ def step_loss(
     weights: Weights,
     generator: torch.Generator,
     mode: str = "mac",
-    compiled: Compiled | None = None,
 ) -> Result:
-    """Losses of one batch in one mode; `compiled` are twins of the decoder's functions."""
-    memory, calls = decoder.memory, compiled or Compiled.plain(decoder)
+    """Losses of one batch in one mode."""
+    memory = decoder.memory
     tokens = torch.from_numpy(batch.tokens).long()
     inputs, target = tokens[:, :-1].contiguous(), tokens[:, 1:]
     rows, length = inputs.shape
@@ -116,8 +98,8 @@ def step_loss(
     recall, nothing = torch.from_numpy(batch.recall)[:, 1:], torch.from_numpy(batch.nothing)[:, 1:]
     spoken = (torch.arange(rows) < batch.spoken)[:, None]
 
-    x, hidden = calls.lower(inputs)
-    around = calls.lookahead(hidden)
+    x, hidden = decoder.lower_blocks(inputs)
+    around = memory.lookahead(hidden)
     key = memory.keys(hidden, around).flatten(0, 1)
     query = memory.queries(hidden, decoder.zeros(rows, decoder.config.memory.conv)).flatten(0, 1)
     gate = memory.gate_logit(around)
@@ -135,19 +117,38 @@ def step_loss(
 
     # Reading, in spoken rows: replies, and some of all else but statements, which would find themselves.
     others = (torch.rand(part.shape, generator=generator) < 0.04) & (part != STATEMENT)
-    reading = chosen(spoken & ((part == REPLY) | others | recall), 640, generator)
+    # A vocabulary of 150,000 is scored at fewer places, so that a step needs no more than some hundred MB.
+    most = min(640, SCORES_MAX // len(values_VD))
+    reading = chosen(spoken & ((part == REPLY) | others | recall), most, generator)
     query_QF = memory.whitened(query[reading])
     query_QH = dense(*memory.code_of(query_QF.detach()), decoder.config.memory.code_width)
     read_QD = ((query_QH @ code_NH.T) * (group[reading][:, None] == group[written][None])) @ error_ND
     read = torch.zeros(rows * length, read_QD.shape[1]).index_copy(0, reading, read_QD)
 
     shown = batch.spoken * length
-    out = calls.upper(x[: batch.spoken], read[:shown].view(batch.spoken, length, -1), mode).flatten(0, 1)
+    out = decoder.upper_blocks(x[: batch.spoken], read[:shown].view(batch.spoken, length, -1), mode).flatten(
+        0, 1
+    )
     heard = torch.rand(part.shape, generator=generator) < 0.2
-    places = chosen(spoken & (heard | (part == REPLY) | recall), 1536, generator)
+    places = chosen(spoken & (heard | (part == REPLY) | recall), 2 * most + 256, generator)
     logits = decoder.logits(out[places], read[places], values_VD)
     entropy = F.cross_entropy(logits, target.flatten()[places], reduction="none")
     remembered = recall.flatten()[places]
+    if decoder.lm_head.weight.requires_grad:
+        language = mean(entropy[~remembered])
+    else:  # a frozen decoder knows its language: where it is not to recall, it shall speak as it does alone
+        aside = places[~remembered]
+        with torch.no_grad():
+            silent = torch.zeros(batch.spoken, length, read.shape[1])
+            alone = decoder.lm_head(
+                decoder.upper_blocks(x[: batch.spoken], silent, mode).flatten(0, 1)[aside]
+            )
+        language = F.kl_div(
+            logits[~remembered].log_softmax(-1),
+            alone.float().log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
+        )
 
     known = recall.flatten()[reading]
     # What is read has norm 1 when the fact is found; a small answer stays small, or its direction would be noise.
@@ -168,7 +169,7 @@ def step_loss(
     gate_weight = torch.where(labelled | (gate_label == UNLIKELY), 1.0, weights.negatives)[trained]
 
     losses = {
-        "language": mean(entropy[~remembered]),
+        "language": language,
         "recall": mean(entropy[remembered]),
         "memory": mean(F.cross_entropy(pointed, sought, reduction="none")),
         "contrast": contrast,

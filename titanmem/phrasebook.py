@@ -3,11 +3,13 @@
     @ favorite color | about: me, relation, person | value: color, word
     = {S's} favorite color is {v}.
     = {v} is the color that {S} [love|loves] most.
+    ~ {S} [no longer care|no longer cares] for {old}; it is {v} now.
     ? Which color [do|does] {S} like best?
 
-`@` begins an attribute, `=` is a statement with one value `{v}`, `?` a question. `{S}`, `{S's}`, `{O}` are the
-subject (I, my; Anna, Anna's; me), `[x|y]` is x after "I" and y otherwise, `{k}` a thing that belongs to the key.
-`values.txt` lists what stands for values and keys (`kind: item, item`), `talk.txt` the chat around facts.
+`@` begins an attribute, `=` is a statement with one value `{v}`, `~` a statement that corrects an earlier one (it may
+name the value it replaces, `{old}`), `?` a question. `{S}`, `{S's}`, `{O}` are the subject (I, my; Anna, Anna's; me),
+`[x|y]` is x after "I" and y otherwise, `{k}` a thing that belongs to the key. `values*.txt` list what stands for values
+and keys (`kind: item, item`), `talk.txt` the chat around facts.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ class Attribute:
     keys: tuple[str, ...] = ()
     """Kinds of list that `{k}` is taken from; empty if there is no `{k}`."""
     statements: list[str] = field(default_factory=list)
+    corrections: list[str] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
 
 
@@ -104,14 +107,15 @@ def capitalised(sentence: str) -> str:
 def load(folder: Path = FOLDER) -> PhraseBook:
     """All files of a folder. Raises ValueError naming file and line for what is no phrase book."""
     values: dict[str, list[str]] = defaultdict(list)
-    for number, line in _lines(folder / "values.txt"):
-        kind, found, items = line.partition(":")
-        if not found:
-            raise ValueError(f"{folder / 'values.txt'}:{number}: expected `kind: item, item`")
-        values[kind.strip()] += [item.strip() for item in items.split(",") if item.strip()]
+    for path in sorted(folder.glob("values*.txt")):
+        for number, line in _lines(path):
+            kind, found, items = line.partition(":")
+            if not found:
+                raise ValueError(f"{path}:{number}: expected `kind: item, item`")
+            values[kind.strip()] += [item.strip() for item in items.split(",") if item.strip()]
     attributes: dict[str, Attribute] = {}
     for path in sorted(folder.glob("*.txt")):
-        if path.name not in ("values.txt", "talk.txt"):
+        if path.name != "talk.txt" and not path.name.startswith("values"):
             for attribute in _attributes(path, values):
                 first = attributes.setdefault(attribute.name, attribute)
                 if first is not attribute:  # an attribute may go on in another file
@@ -119,6 +123,7 @@ def load(folder: Path = FOLDER) -> PhraseBook:
                         raise ValueError(f"{path}: attribute {attribute.name!r} is about others elsewhere")
                     for known, more in (
                         (first.statements, attribute.statements),
+                        (first.corrections, attribute.corrections),
                         (first.questions, attribute.questions),
                     ):
                         known.extend(text for text in more if text not in known)
@@ -141,19 +146,21 @@ def _attributes(path: Path, values: Mapping[str, object]) -> list[Attribute]:
         if mark == "@":
             found.append(_header(where, text, values))
             continue
-        if mark not in "=?" or not found:
-            raise ValueError(f"{where}: expected @, = or ?, found {line[:40]!r}")
+        if mark not in "=~?" or not found:
+            raise ValueError(f"{where}: expected @, =, ~ or ?, found {line[:40]!r}")
         attribute = found[-1]
-        if text.count("{v}") != (mark == "="):
+        if text.count("{v}") != (mark != "?"):
             raise ValueError(f"{where}: a statement holds {{v}} once and a question never: {text!r}")
+        if text.count("{old}") > (mark == "~"):
+            raise ValueError(f"{where}: {{old}} may stand once, in a correction: {text!r}")
         if ("{k}" in text) is not bool(attribute.keys):
             raise ValueError(f"{where}: {{k}} belongs to attributes with a key, and into all their lines")
         if attribute.about not in (("me",), ("world",)) and "{S" not in text and "{O}" not in text:
             raise ValueError(f"{where}: says nothing of its subject: {text!r}")
-        rest = worded(text, ME, "k").replace("{v}", "")
+        rest = worded(text, ME, "k").replace("{v}", "").replace("{old}", "")
         if set(rest) & set("{}[]|"):
             raise ValueError(f"{where}: a bracket is left over: {rest!r}")
-        (attribute.statements if mark == "=" else attribute.questions).append(text)
+        {"=": attribute.statements, "~": attribute.corrections, "?": attribute.questions}[mark].append(text)
     for attribute in found:
         if not attribute.statements or not attribute.questions:
             raise ValueError(f"{path}: {attribute.name!r} lacks statements or questions")

@@ -12,18 +12,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
-from tokenizers import Tokenizer
 
 from titanmem.facts import Fact, FactMaker, Theme
 from titanmem.phrasebook import capitalised
+from titanmem.speech import UNKNOWN, Speech
 
 BOOK, STATEMENT, ASKED, REPLY = 0, 1, 2, 3
 """What a token is part of."""
 NOT_WRITTEN, WRITTEN, EITHER, UNLIKELY = 0, 1, 2, 3
 """Label of the write gate; EITHER is not trained, UNLIKELY is NOT_WRITTEN with little weight."""
-ANSWER, UNKNOWN = "It is", " not known to me."
-"""How a reply begins, and how it goes on when nobody told the fact. One beginning for all: what the memory is asked
-for then depends on the question, and not on words that a small model may choose wrongly."""
+
+
+DOCUMENT_TOKENS = 256
+"""Tokens of a row that teaches to skim: enough book text on both sides of a fact."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -86,7 +87,7 @@ class BatchMaker:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        speech: Speech,
         book: np.ndarray,
         facts: FactMaker,
         *,
@@ -96,26 +97,12 @@ class BatchMaker:
         books: int,
     ) -> None:
         """`spoken`, `silent`, `books`: numbers of rows with replies to learn, without, and of book text alone."""
-        self.tokenizer, self.book, self.facts = tokenizer, book, facts
+        self.speech, self.book, self.facts = speech, book, facts
         self.talk = facts.book.talk
         self.length, self.spoken, self.silent, self.books = tokens + 1, spoken, silent, books
         self.random = random.Random(facts.random.random())
-        self.user, self.assistant, self.end = map(self._special, ("<|user|>", "<|assistant|>", "<|end|>"))
+        self.ids = speech.ids
         self.newline = self.ids("\n")
-        vocabulary = tokenizer.get_vocab()
-        self.spaced = {
-            index: vocabulary["Ġ" + word] for word, index in vocabulary.items() if "Ġ" + word in vocabulary
-        }
-        """From a token at the very start of a text to the same behind a space."""
-
-    def _special(self, token: str) -> int:
-        index = self.tokenizer.token_to_id(token)
-        if index is None:
-            raise ValueError(f"the tokenizer has no token {token}")
-        return index
-
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def make(self) -> Batch:
         """One batch; its rows are shared out to one to four users."""
@@ -125,24 +112,24 @@ class BatchMaker:
         rows: list[Piece] = [Piece() for _ in range(count)]
         for user in range(users):
             self._user([index for index in range(count) if group[index] == user], rows)
-        rows += [self._book(self.length) for _ in range(self.books)]
+        rows += [self._book(self.length, whole=True) for _ in range(self.books)]
         # Book rows belong to the first user: what is written of them by mistake is in somebody's way.
-        return self._batch(rows, group + [0] * self.books)
+        return self._batch(rows, group + [0] * self.books, self.length)
 
     def documents(self, count: int) -> Batch:
         """Book text, and in each row one fact that somebody has put between its paragraphs."""
         rows = []
         for index in range(count):
-            row = self._book(self.length // 2)
+            row = self._book(DOCUMENT_TOKENS // 2)
             row.add(self.newline, BOOK)
             row.extend(self._tell(self.facts.make(), chat=False, row=index)[0])
-            row.extend(self._book(self.length))
+            row.extend(self._book(DOCUMENT_TOKENS, whole=True))
             rows.append(row)
-        return self._batch(rows, list(range(count)))
+        return self._batch(rows, list(range(count)), DOCUMENT_TOKENS + 1)
 
-    def _batch(self, rows: list[Piece], group: list[int]) -> Batch:
+    def _batch(self, rows: list[Piece], group: list[int], length: int) -> Batch:
         arrays = {
-            name: np.array([getattr(row, name)[: self.length] for row in rows], dtype=dtype)
+            name: np.array([getattr(row, name)[:length] for row in rows], dtype=dtype)
             for name, dtype in (
                 ("tokens", np.int32),
                 ("gate", np.int8),
@@ -222,9 +209,9 @@ class BatchMaker:
                 return None
         return None if fact.key in here else fact
 
-    def _book(self, most: int) -> Piece:
+    def _book(self, most: int, whole: bool = False) -> Piece:
         piece = Piece()
-        count = most if most == self.length else self.random.randint(min(12, most), most)
+        count = most if whole else self.random.randint(min(12, most), most)
         start = self.random.randrange(max(1, len(self.book) - count))
         piece.add(self.book[start : start + count].tolist(), BOOK)
         if self.random.random() < 0.6:
@@ -234,8 +221,9 @@ class BatchMaker:
     def _talk(self) -> Piece:
         piece = Piece()
         said, reply = self.random.choice(self.talk.pairs)
-        piece.add([self.user, *self.ids(said), self.end], ASKED)
-        piece.add([self.assistant, *self.ids(reply), self.end], REPLY)
+        speech = self.speech
+        piece.add([*speech.user, *self.ids(speech.lead + said), *speech.ended], ASKED)
+        piece.add([*speech.assistant, *self.ids(reply), *speech.replied], REPLY)
         return piece
 
     def _tell(self, fact: Fact, chat: bool, row: int) -> tuple[Piece, list[int]]:
@@ -243,7 +231,7 @@ class BatchMaker:
         pick, chance = self.random.choice, self.random.random
         lead = pick(self.talk.leads) if chance() < (0.3 if chat else 0.1) else ""
         filler = pick(self.talk.fillers) if chance() < (0.15 if chat else 0.05) else ""
-        statement = pick(fact.statements)
+        statement = fact.told(self.random)
         value = fact.value
         if not lead or lead[-1] in ".!?":
             statement = capitalised(statement)
@@ -251,20 +239,21 @@ class BatchMaker:
         text = " ".join(part for part in (filler, lead, statement) if part)
         if chance() < 0.2:
             text += " " + pick(self.talk.tails if chat else self.talk.fillers)
-        before, _, after = text.partition("{v}")
+        speech = self.speech
+        before, _, after = ((speech.lead if chat else "") + text).partition("{v}")
         space = " " if before.endswith(" ") else ""
         ids = self.ids(space + value)
-        recalled = ids if space else [self.spaced.get(ids[0], ids[0]), *ids[1:]]
+        recalled = ids if space else [speech.spaced.get(ids[0], ids[0]), *ids[1:]]
         piece = Piece()
-        piece.add([self.user] if chat else [], STATEMENT)
+        piece.add(speech.user if chat else [], STATEMENT)
         piece.add(self.ids(before.rstrip(" ")), STATEMENT, UNLIKELY)
         piece.value(ids, fact.key, recalled, told=True)
         again = "{v}" in after
         piece.add(self.ids(after.replace("{v}", value)), STATEMENT, EITHER if again else UNLIKELY)
         if chat:
-            piece.add([self.end], STATEMENT)
+            piece.add(speech.ended, STATEMENT)
             if row < self.spoken or chance() < 0.3:
-                piece.add([self.assistant, *self.ids(self.talk.acknowledged), self.end], REPLY)
+                piece.add([*speech.assistant, *self.ids(self.talk.acknowledged), *speech.replied], REPLY)
         else:
             piece.add(self.newline, BOOK)
         return piece, recalled
@@ -289,12 +278,13 @@ class BatchMaker:
         if chance() < 0.15:
             question += " " + pick(self.talk.asktails)
         piece = Piece()
-        piece.add([self.user, *self.ids(question.strip()), self.end], ASKED)
-        piece.add([self.assistant, *self.ids(ANSWER)], REPLY)
+        speech = self.speech
+        piece.add([*speech.user, *self.ids(speech.lead + question.strip()), *speech.ended], ASKED)
+        piece.add([*speech.assistant, *self.ids(pick(speech.answers))], REPLY)
         if ids:
             piece.value(ids, fact.key, ids, told=False)
             piece.add(self.ids("."), REPLY, nothing=True)
         else:
             piece.add(self.ids(UNKNOWN), REPLY, nothing=True)
-        piece.add([self.end], REPLY)
+        piece.add(speech.replied, REPLY)
         return piece

@@ -35,6 +35,8 @@ HELD_TOKENS_MAX = 3
 REPLACEMENT = "\ufffd"
 BLOCK_CHARS = 16384
 """Text given to the library at once, characters. It needs some 300 bytes a character: 4 MiB took 1.2 GB."""
+_MESSAGE = "\ue000"
+"""A character of the private use area: stands for a message in a template."""
 _WORD_BREAK = re.compile(r"(?<=\S) (?=\S)")
 
 
@@ -134,6 +136,23 @@ class ChatTokenizer:
             parts.append(MessageTokens(role=message["role"], tokens=tokens, prefix_hash=digest))
             inside = inside or bool(text)
         return tuple(parts), self._encode_rendered(rendered.generation_prompt, inside)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token → id."""
+        return self._tokenizer.get_vocab()
+
+    def around_a_message(self) -> tuple[str, str, str]:
+        """What the template writes before a user's first message, after it, and before the reply."""
+        rendered = self._template.render([{"role": "user", "content": _MESSAGE}])
+        before, found, after = rendered.parts[0].partition(_MESSAGE)
+        if not found:
+            raise ChatTemplateError("the chat template does not write a message as it is")
+        return before, after, rendered.generation_prompt
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of what a template writes, control tokens by their literals."""
+        return self._encode_rendered(text, inside=False).tolist() if text else []
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder for one reply, fed with its ids as they come."""

@@ -21,6 +21,7 @@ app = typer.Typer(
 
 LENGTHS = "65536,262144,1048576,2097152"
 LENGTH_MAX = 1 << 28
+FACTS_MAX = 100_000
 
 
 @app.callback()
@@ -58,8 +59,15 @@ def needle(
     rule: Annotated[Rule, typer.Option("--rule", help="Update rule of the memory.")] = Rule.sparse,
     depths: Annotated[int, typer.Option("--depths", min=1, max=1000, help="Places to hide needles at.")] = 10,
     queries: Annotated[int, typer.Option("--queries", min=1, max=100_000, help="Questions a run.")] = 20,
+    facts: Annotated[
+        str, typer.Option("--facts", help="Facts to hide a run, with commas; default: as many as questions.")
+    ] = "",
     runs: Annotated[int, typer.Option("--runs", min=1, max=1000, help="Runs, each with other needles.")] = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of needles and places.")] = 0,
+    knobs: Annotated[
+        list[str] | None,
+        typer.Option("--spec", help="A knob of the memory, as code_active=32; may be repeated."),
+    ] = None,
     memory: Annotated[
         Asked, typer.Option("--memory", help="off is the baseline: what is answered without any memory.")
     ] = Asked.read_only,
@@ -78,7 +86,7 @@ def needle(
     json: JsonOption = False,
 ) -> None:
     """Hide facts in a long text, ask for them in a new conversation, and count the right answers."""
-    wanted = _lengths(lengths)
+    wanted = _numbers("--lengths", lengths, LENGTH_MAX)
     note("loading the model …")
     from cluster.needle_bench import NeedleOptions, run_needle_bench
 
@@ -90,11 +98,13 @@ def needle(
         rule=rule.value,
         depths=depths,
         queries=queries,
+        facts=_numbers("--facts", facts, FACTS_MAX) if facts else (),
         runs=runs,
         seed=seed,
         model=model,
         memory=memory.value,
         consolidate=consolidate,
+        spec=_spec(knobs or []),
     )
     with _progress() as bar:
         task = bar.add_task("needles", total=1.0)
@@ -227,11 +237,27 @@ def _progress() -> Progress:
     )
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str, largest: int) -> tuple[int, ...]:
     try:
         found = tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
-        raise typer.BadParameter("--lengths: whole numbers with commas between, like 65536,262144") from error
-    if not found or not all(1 <= length <= LENGTH_MAX for length in found):
-        raise typer.BadParameter(f"--lengths: each from 1 to {LENGTH_MAX}")
+        raise typer.BadParameter(f"{option}: whole numbers with commas between, like 10,100") from error
+    if not found or not all(1 <= number <= largest for number in found):
+        raise typer.BadParameter(f"{option}: each from 1 to {largest}")
     return found
+
+
+def _spec(knobs: list[str]) -> dict[str, object]:
+    from cluster.config import checked_spec
+
+    try:
+        return checked_spec(dict(_pair(knob) for knob in knobs))
+    except ValueError as error:
+        raise typer.BadParameter(f"--spec: {error}") from error
+
+
+def _pair(knob: str) -> tuple[str, str]:
+    name, equals, value = knob.partition("=")
+    if not equals:
+        raise ValueError(f"{knob!r}: write NAME=NUMBER")
+    return name, value

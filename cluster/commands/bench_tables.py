@@ -19,6 +19,7 @@ def show_needles(result: dict[str, Any]) -> None:
         rows.append(
             (
                 f"{row['tokens']:,}",
+                f"{row['facts']:,}",
                 row["queries"],
                 f"{row['recall']:.1%}",
                 f"{low:.1%} to {high:.1%}",
@@ -32,7 +33,17 @@ def show_needles(result: dict[str, Any]) -> None:
         f"needles: mode {result['mode']}, rule {result['rule']}, "
         f"chunk {result['chunk_size']}, window {result['window']}"
     )
-    columns = ("tokens", "queries", "recall", "95 % interval", "first token", "state", "tokens/s", "written")
+    columns = (
+        "tokens",
+        "facts",
+        "queries",
+        "recall",
+        "95 % interval",
+        "first token",
+        "state",
+        "tokens/s",
+        "written",
+    )
     show_table(columns, rows, title=title)
 
 

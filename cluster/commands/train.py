@@ -1,4 +1,4 @@
-"""`titanmem train`: the small model from text files, decoder and memory together."""
+"""`titanmem train`: the small model from text files, or a memory for another maker's checkpoint."""
 
 from __future__ import annotations
 
@@ -29,21 +29,37 @@ STEADY = ("step", "spent_s", "tokens")
     epilog="Example: titanmem train --out checkpoints/small --data books/one.txt.xz --data books/two.txt"
 )
 def train(
-    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
     data: Annotated[list[Path], typer.Option("--data", help="Text file, plain or .xz; may be repeated.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Model folder to write, from scratch.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", help="Checkpoint folder to train a memory for; its weights stay."),
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option("--teacher", help="Sentence encoder (a BERT folder) to learn meanings from."),
+    ] = None,
+    lessons: Annotated[
+        list[Path] | None, typer.Option("--lessons", help="Text for the teacher's lessons; may be repeated.")
+    ] = None,
     minutes: Annotated[float, typer.Option("--minutes", help="Wall clock to train.")] = MINUTES,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights and batches.")] = 0,
     threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="CPU threads.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Train the small model and its memory from scratch on text files."""
+    """Train the small model and its memory from scratch, or a memory for the checkpoint that --model names."""
+    if (out is None) == (model is None):
+        raise typer.BadParameter("give --out FOLDER (from scratch) or --model FOLDER (a memory for it)")
+    folder = model or out
+    assert folder is not None, "one of them is there"
     note("loading torch and the texts …")
     from titanmem.train import TrainConfig, run
 
     config = TrainConfig(
-        out=out, data=tuple(data), minutes=minutes, seed=seed, threads=threads, resume=resume
-    )
+        out=folder, model=model, data=tuple(data), teacher=teacher, lessons=tuple(lessons or ()),
+        minutes=minutes, seed=seed, threads=threads, resume=resume,
+    )  # fmt: skip
     last: dict[str, float] = {}
     bar = progress_bar(
         TextColumn("step {task.fields[step]}"),
@@ -62,9 +78,9 @@ def train(
                 note(f"step {figures['step']:.0f}  {figures['spent_s'] / 60:.1f} min  {shown}")
 
         try:
-            folder = run(config, report)
+            run(config, report)
         except KeyboardInterrupt:
-            raise CommandStopped(f"stopped: {_what_stands(out)}") from None
+            raise CommandStopped(f"stopped: {_what_stands(folder)}") from None
         except MemoryError as error:
             raise CommandFailed("out of memory: take fewer texts") from error
     if json:

@@ -20,6 +20,7 @@ from titanmem.train import TrainConfig
 APP = cli.build_app()
 ROW = {
     "tokens": 65536,
+    "facts": 20,
     "queries": 20,
     "recall": 0.75,
     "ttft_ms": 12.3,
@@ -59,7 +60,8 @@ def test_a_bench_is_told_what_the_flags_say(asked: list[NeedleOptions], tmp_path
     haystack.touch()
     flags = (
         f"--lengths 65536,131072 --needles {needles} --haystack {haystack} --mode mac "
-        f"--rule titans --depths 5 --queries 7 --runs 3 --seed 4 --memory off --consolidate 2 "
+        f"--rule titans --depths 5 --queries 7 --facts 7,70 --runs 3 --seed 4 --memory off --consolidate 2 "
+        f"--spec code_active=32 --spec top_k_ratio=0.04 "
         f"--model {tmp_path}"
     )
     result = run("bench", "needle", *flags.split(), "--json")
@@ -72,6 +74,8 @@ def test_a_bench_is_told_what_the_flags_say(asked: list[NeedleOptions], tmp_path
             rule="titans",
             depths=5,
             queries=7,
+            facts=(7, 70),
+            spec={"code_active": 32, "top_k_ratio": 0.04},
             runs=3,
             seed=4,
             memory="off",

@@ -28,8 +28,9 @@ def book(folder: Path, text: str, values: str = VALUES, talk: str = TALK) -> Pat
 
 def test_the_shipped_book_has_many_ways_to_say_a_thing():
     found = load()
-    assert len(found.attributes) > 250
-    assert all(len(a.statements) >= 6 and len(a.questions) >= 5 for a in found.attributes)
+    assert len(found.attributes) > 1500
+    assert all(len(a.statements) >= 4 and len(a.questions) >= 4 for a in found.attributes)
+    assert sum(len(a.corrections) for a in found.attributes) > 500
     assert all(kind in MADE or len(found.values[kind]) >= 4 for a in found.attributes for kind in a.kinds)
     questions = [question for a in found.attributes for question in a.questions if "{k}" not in question]
     assert len(questions) == len(set(questions)), "a question says what it asks for"
@@ -43,6 +44,24 @@ def test_a_pattern_is_worded_for_its_subject():
     assert worded(pattern, another("Anna"), "box") == "Anna's box is where Anna keeps {v}, ask Anna."
     assert another("my boss") == Subject("my boss", "my boss'", "my boss")
     assert capitalised(worded("{S} [am|is] here.", another("my dog"))) == "My dog is here."
+
+
+def test_a_correction_may_name_the_value_it_replaces(tmp_path):
+    folder = book(tmp_path, HOME + "~ {S} left {old} for {v}.\n~ Now {S} [am|is] in {v}.\n")
+    (home,) = load(folder).attributes
+    assert home.corrections == ["{S} left {old} for {v}.", "Now {S} [am|is] in {v}."]
+    for wrong in (
+        "= {S} left {old} for {v}.\n",
+        "~ {S} left {old} and {old} for {v}.\n",
+        "~ {S} left {old}.\n",
+    ):
+        with pytest.raises(ValueError, match=r"people\.txt:4"):
+            load(book(tmp_path, HOME + wrong))
+
+
+def test_values_lie_in_any_file_that_says_so(tmp_path):
+    (book(tmp_path, HOME) / "values-more.txt").write_text("city: Ulm\n")
+    assert "Ulm" in load(tmp_path).values["city"]
 
 
 def test_an_attribute_may_go_on_in_another_file(tmp_path):
@@ -65,7 +84,7 @@ def test_an_attribute_may_go_on_in_another_file(tmp_path):
         (HOME + "= home is {v}.\n", r"people\.txt:4: says nothing of its subject"),
         (HOME + "= {S} [live in {v}.\n", r"people\.txt:4: a bracket is left over"),
         (HOME + "= {S} {k} in {v}.\n", r"people\.txt:4: \{k\} belongs to attributes with a key"),
-        (HOME + "! what\n", r"people\.txt:4: expected @, = or \?"),
+        (HOME + "! what\n", r"people\.txt:4: expected @, =, ~ or \?"),
         ("= {S} in {v}.\n", r"people\.txt:1: expected @"),
         ("@ home | about: me | value: city\n", "'home' lacks statements or questions"),
     ],

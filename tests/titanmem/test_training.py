@@ -22,9 +22,13 @@ from titanmem.muon import orthogonalized
 from titanmem.needles import Needle, heldout_needles, hide, read_needles, write_needles
 from titanmem.objective import Weights, memory_of, step_loss
 from titanmem.phrasebook import load
+from titanmem.schedule import learning_rate
 from titanmem.skim_training import train_skim
-from titanmem.stream import BOOK, NOT_WRITTEN, REPLY, STATEMENT, UNKNOWN, WRITTEN, BatchMaker
-from titanmem.train import TrainConfig, Trainer, learning_rate, spoken_samples
+from titanmem.speech import UNKNOWN, Speech
+from titanmem.start import from_scratch, spoken_samples
+from titanmem.stream import BOOK, NOT_WRITTEN, REPLY, STATEMENT, WRITTEN, BatchMaker
+from titanmem.train import Trainer
+from titanmem.train_config import TrainConfig
 
 WORDS = Words(
     names=[
@@ -50,7 +54,7 @@ def tokenizer() -> Tokenizer:
 def batches(tokenizer) -> BatchMaker:
     book = token_stream(tokenizer, "\n".join(TEXT))
     facts = FactMaker(WORDS, BOOK_OF_PHRASES, 3)
-    return BatchMaker(tokenizer, book, facts, tokens=160, spoken=3, silent=2, books=1)
+    return BatchMaker(Speech.own(tokenizer), book, facts, tokens=160, spoken=3, silent=2, books=1)
 
 
 def test_heldout_keys_and_words_are_kept_apart():
@@ -131,7 +135,7 @@ def test_the_newest_value_is_the_one_that_is_asked_for(batches):
                 told = first_of.get((int(batch.group[row]), int(batch.identity[row, place])), [])
                 if len(set(told)) > 1:
                     # As told, or, where it began a text, as it stands behind a space.
-                    newest = {told[-1], batches.spaced.get(told[-1], told[-1])}
+                    newest = {told[-1], batches.speech.spaced.get(told[-1], told[-1])}
                     assert int(batch.tokens[row, place]) in newest
                     corrected += 1
     assert corrected > 3
@@ -194,16 +198,17 @@ def test_a_run_learns_is_saved_and_resumes(tmp_path):
     )
     config = TrainConfig(
         out=tmp_path / "model", data=(text,), minutes=0.05, spoken=3, silent=2, books=1, tokens=64, warmup_steps=3,
-        report_steps=2, skim_steps=2, threads=1, compiled=False,
+        report_steps=2, skim_steps=2, threads=1,
     )  # fmt: skip
     assert set(words_of([read_text(text)]).names) >= set(WORDS.names[1:6])
-    trainer = Trainer(config, tiny_config(), words=WORDS)
+    trainer = Trainer(config, from_scratch(config, tiny_config(), WORDS))
     losses = [trainer.advance()["language"] for _ in range(30)]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     trainer.save()
     assert load_decoder(tmp_path / "model").config == tiny_config()
     assert json.loads((tmp_path / "model" / "training.json").read_text())["config"]["seed"] == "0"
-    resumed = Trainer(TrainConfig(**{**vars_of(config), "resume": True}), tiny_config(), words=WORDS)
+    again = TrainConfig(**{**vars_of(config), "resume": True})
+    resumed = Trainer(again, from_scratch(again, tiny_config(), WORDS))
     assert resumed.step == 30
     for name, tensor in trainer.decoder.state_dict().items():
         assert torch.equal(tensor, resumed.decoder.state_dict()[name]), name
@@ -235,7 +240,7 @@ def test_skimming_learns_what_is_to_be_written(tokenizer):
         "\n".join(f"{n} said that {m} came ; they went on ." for n in WORDS.names for m in WORDS.words),
     )
     facts = FactMaker(WORDS, BOOK_OF_PHRASES, 3)
-    batches = BatchMaker(tokenizer, book, facts, tokens=256, spoken=1, silent=1, books=1)
+    batches = BatchMaker(Speech.own(tokenizer), book, facts, tokens=256, spoken=1, silent=1, books=1)
     skim, seen = Skim(400), []
     train_skim(skim, lambda: batches.documents(12), 80, seen.append)
     assert seen[-1]["skim_step"] == 80

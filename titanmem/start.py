@@ -1,0 +1,150 @@
+"""What a training run begins with: a model, what it is to learn from, and where its files are written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from titanmem.corpus import paragraphs, read_text, token_stream, train_tokenizer, words_of
+from titanmem.decoder import Decoder
+from titanmem.decoder_config import DecoderConfig
+from titanmem.facts import FactMaker, Words
+from titanmem.folder import load_base, save_decoder, save_memory
+from titanmem.phrasebook import PhraseBook, capitalised, load
+from titanmem.speech import ANSWER, UNKNOWN, Speech
+from titanmem.teacher import Lessons, Teacher, sentences_of, start_embedding
+from titanmem.tokenizer import ChatTokenizer
+from titanmem.train_config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+PHRASE_SAMPLES = 20_000
+"""Facts of the phrase book that lessons are about."""
+TOKENIZER_SAMPLES = 40_000
+"""Facts of the phrase book that a tokenizer is made of, beside the texts."""
+
+
+@dataclass(slots=True)
+class Start:
+    """A model to train, and what it is trained on."""
+
+    decoder: Decoder
+    trained: nn.Module
+    """What of it is trained and kept in checkpoints: all, or the memory alone."""
+    speech: Speech
+    book: np.ndarray
+    """int32, the texts' tokens."""
+    words: Words
+    phrases: PhraseBook
+    save: Callable[[], None]
+    """Writes the model folder."""
+    lessons: Lessons | None = None
+
+
+def from_scratch(config: TrainConfig, decoder_config: DecoderConfig, words: Words | None = None) -> Start:
+    """A model of our own, of start values. The tokenizer is kept in `out`, so that a resumed run has the same."""
+    texts = [read_text(path) for path in config.data]
+    words, phrases = words or words_of(texts), load()
+    path = config.out / "tokenizer.json"
+    if config.resume and path.is_file():
+        tokenizer = Tokenizer.from_file(str(path))
+    else:
+        lines = (line for text in texts for line in paragraphs(text))
+        samples = spoken_samples(words, phrases, TOKENIZER_SAMPLES)
+        tokenizer = train_tokenizer(chain(lines, samples), decoder_config.vocab_size)
+        config.out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(path))
+    decoder = initialised(decoder_config)
+    start = Start(
+        decoder=decoder,
+        trained=decoder,
+        speech=Speech.own(tokenizer),
+        book=np.concatenate([token_stream(tokenizer, text) for text in texts]),
+        words=words,
+        phrases=phrases,
+        save=lambda: save_decoder(decoder, config.out, tokenizer.to_str()),
+    )
+    if config.teacher is not None:
+        start.lessons = _taught(config, config.teacher, start, tokenizer)
+    return start
+
+
+def beside(config: TrainConfig, folder: Path, words: Words | None = None) -> Start:
+    """A memory of start values for another maker's checkpoint, whose weights stay as they are.
+
+    Raises ModelFolderError for a folder that is none, or that this memory does not fit.
+    """
+    texts = [read_text(path) for path in config.data]
+    layer = config.memory_layer or max(1, DecoderConfig.load(folder).num_hidden_layers // 2)
+    decoder = load_base(folder, config.memory, layer).requires_grad_(False)
+    decoder.memory.requires_grad_(True)
+    tokenizer = ChatTokenizer(folder)
+    lines = (line for text in texts for line in paragraphs(text))
+    return Start(
+        decoder=decoder,
+        trained=decoder.memory,
+        speech=Speech.of(tokenizer),
+        book=np.concatenate([tokenizer.encode(line, inside=True) for line in lines]),
+        words=words or words_of(texts),
+        phrases=load(),
+        save=lambda: save_memory(decoder.memory, layer, folder),
+    )
+
+
+def spoken_samples(words: Words, phrases: PhraseBook, count: int) -> Iterator[str]:
+    """Statements, questions and answers, as material for a tokenizer."""
+    maker = FactMaker(words, phrases, seed=1)
+    for _ in range(count):
+        fact = maker.make()
+        yield capitalised(maker.random.choice(fact.statements).replace("{v}", fact.value))
+        yield capitalised(maker.random.choice(fact.questions))
+        yield f"{ANSWER} {fact.value}. {ANSWER}{UNKNOWN}"
+    for said, reply in phrases.talk.pairs:
+        yield from (said, reply)
+
+
+def initialised(config: DecoderConfig) -> Decoder:
+    """A decoder with start values: residual branches at zero, so that depth does not change the start."""
+    decoder = Decoder(config)
+    torch.nn.init.normal_(decoder.embed_tokens.weight)
+    torch.nn.init.normal_(decoder.lm_head.weight, std=0.02)
+    for layer in decoder.stack:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return decoder
+
+
+def _taught(config: TrainConfig, folder: Path, start: Start, tokenizer: Tokenizer) -> Lessons:
+    """The teacher's lessons, and token embeddings that start at what it says of words.
+
+    What the teacher says is kept in `out`, for a run that is resumed.
+    """
+    decoder, kept = start.decoder, config.out / "lessons.npz"
+    if not (config.resume and kept.is_file()):
+        teacher, sentences = Teacher(folder), _sentences(config, start)
+        logger.info("the teacher reads %d sentences", len(sentences))
+        embedding = start_embedding(teacher, tokenizer, decoder.config.hidden_size).numpy()
+        np.savez(kept, sentences=np.array(sentences), places=teacher.embedded(sentences), start=embedding)
+    with np.load(kept) as file:
+        sentences, places, embedding = file["sentences"].tolist(), file["places"], file["start"]
+    with torch.no_grad():
+        decoder.embed_tokens.weight.copy_(torch.from_numpy(embedding))
+        # Keys begin as what the teacher says of the whole sentence; what stands just before comes later.
+        decoder.memory.key_proj.weight.mul_(0.2)
+        torch.nn.init.normal_(decoder.memory.around_proj.weight, std=0.02)
+    return Lessons(start.speech, sentences, places, decoder.config.memory.key_dim, config.seed)
+
+
+def _sentences(config: TrainConfig, start: Start) -> Sequence[str]:
+    """What lessons are about: texts, and what the phrase book tells and asks."""
+    read = (sentence for path in config.lessons or config.data for sentence in sentences_of(read_text(path)))
+    said = spoken_samples(start.words, start.phrases, PHRASE_SAMPLES)
+    return list(dict.fromkeys([*read, *(text for text in said if not text.startswith(ANSWER))]))
