@@ -22,6 +22,8 @@ NUCLEI = ("a", "e", "i", "o", "u", "ai", "ea", "ou", "ie")
 CODAS = ("", "", "n", "s", "r", "l", "x", "ck", "th", "m")
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
           "December")  # fmt: skip
+ALIKE = 10
+"""Attributes that the facts of a user with few themes are of."""
 SECRETS = ("secret word", "password", "code name")
 
 
@@ -95,7 +97,9 @@ class FactMaker:
         """What one user's facts are about: everything, a few attributes, a few subjects, or numbers."""
         draw = self.random.random()
         if draw < 0.3:
-            return Theme(attributes=self.random.sample(list(self.book.attributes), 4))
+            # Neighbours in the phrase book are about things of one kind.
+            start = self.random.randrange(max(1, len(self.book.attributes) - ALIKE))
+            return Theme(attributes=self.book.attributes[start : start + ALIKE])
         if draw < 0.45:
             people = self.random.sample(self.values["relation"], 2) + self.random.sample(self.words.names, 2)
             return Theme(subjects=people)

@@ -136,7 +136,7 @@ def _taught(config: TrainConfig, folder: Path, start: Start, tokenizer: Tokenize
     with np.load(kept) as file:
         sentences, places, embedding = file["sentences"].tolist(), file["places"], file["start"]
     with torch.no_grad():
-        decoder.embed_tokens.weight.copy_(torch.from_numpy(embedding))
+        decoder.embed_tokens.weight[: len(embedding)] = torch.from_numpy(embedding)
         # Keys begin as what the teacher says of the whole sentence; what stands just before comes later.
         decoder.memory.key_proj.weight.mul_(0.2)
         torch.nn.init.normal_(decoder.memory.around_proj.weight, std=0.02)

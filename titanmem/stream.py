@@ -27,6 +27,10 @@ DOCUMENT_TOKENS = 256
 """Tokens of a row that teaches to skim: enough book text on both sides of a fact."""
 
 
+IN_VAIN = 8
+"""Facts of a theme that a row has already, after which it takes any: a theme may have no more than a few."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Batch:
     """Arrays of B rows of T + 1 tokens; `tokens[:, 1:]` are the targets of `tokens[:, :-1]`."""
@@ -149,11 +153,12 @@ class BatchMaker:
         told_in: dict[str, set[int]] = {}
         tells: dict[int, list[Piece]] = {}
         for index in indices:
-            tells[index], here = [], set()
+            tells[index], here, in_vain = [], set(), 0
             most = self.length * self.random.uniform(0.25, 0.6)
             while sum(len(piece.tokens) for piece in tells[index]) < most:
-                fact = self._next_fact(theme, known, here)
+                fact = self._next_fact(theme if in_vain < IN_VAIN else None, known, here)
                 if fact is None:
+                    in_vain += 1
                     continue
                 # Half of the rows without replies are documents: a fact stands between paragraphs of a book.
                 document = index >= self.spoken and index % 2 == 1
@@ -195,7 +200,7 @@ class BatchMaker:
         return piece
 
     def _next_fact(
-        self, theme: Theme, known: dict[str, tuple[Fact, list[int]]], here: set[str]
+        self, theme: Theme | None, known: dict[str, tuple[Fact, list[int]]], here: set[str]
     ) -> Fact | None:
         """A new fact, an old one in other words, or a correction; none if the row has it already."""
         draw = self.random.random()

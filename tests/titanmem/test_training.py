@@ -90,6 +90,31 @@ def test_facts_of_a_theme_resemble_each_other():
     assert len({maker.theme().family for _ in range(50)}) == 2
 
 
+def test_a_theme_of_one_fact_does_not_end_in_a_search_for_another(tokenizer, monkeypatch):
+    """Facts about me have one key an attribute; a user with no other theme must be told something else in the end."""
+    facts = FactMaker(WORDS, BOOK_OF_PHRASES, 3)
+    mine = next(a for a in BOOK_OF_PHRASES.attributes if a.about == ("me",) and not a.keys)
+    monkeypatch.setattr(facts, "theme", lambda: Theme(attributes=[mine]))
+    made = BatchMaker(
+        Speech.own(tokenizer), np.zeros(500, np.int32), facts, tokens=160, spoken=3, silent=2, books=1
+    )
+    batch = made.make()
+    assert len(set(batch.identity[batch.gate == WRITTEN].tolist())) > 10
+
+
+def test_a_correction_says_so_and_names_the_old_value():
+    maker = FactMaker(WORDS, BOOK_OF_PHRASES, 5)
+    said = []
+    while len(said) < 40:
+        fact = maker.make()
+        if fact.corrections:
+            said.append((new := maker.corrected(fact), new.told(maker.random)))
+            assert fact.told(maker.random) in fact.statements, "a new fact corrects nothing"
+    assert {text in new.statements for new, text in said} == {True, False}
+    assert any(new.old in text for new, text in said if text not in new.statements)
+    assert not any("{old}" in text for _, text in said)
+
+
 def test_labels_mark_values_where_told_and_where_recalled(batches, tokenizer):
     told: dict[int, set[int]] = {}
     recalled = agreed = nothing = 0
