@@ -2,8 +2,10 @@
 
 Four files that were written by somebody who had not seen the training phrases (`benchmarks/needles/`): facts in one's
 own words, facts that are corrected later, pairs of facts of one kind about two people, and questions that nobody's
-fact answers. Each file has a user of its own, who is told all of it; `untold` is asked of the user of `freeform`.
-All of it goes through a `MemoryKeeper`, as in `needle_bench`.
+fact answers. A fifth, `unseen`, holds facts of attributes that were taken out of the phrase book before training:
+other kinds of facts, by the hand that wrote the others. Corrections and pairs are told to one user each, `freeform` and
+`unseen` to users of `crowd` facts; `untold` is asked of the users of `freeform`. All of it goes through a
+`MemoryKeeper`, as in `needle_bench`.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from actors.options import KeeperOptions
 from cluster.config import Config
 from cluster.needle_bench import PERSIST_TOKENS, ROOT, Report, passes_of, said_to
 from storage.names import UserKey
-from titanmem.stream import UNKNOWN
+from titanmem.speech import UNKNOWN
 from titanmem.tokenizer import ChatTokenizer
 
+FILES = ("freeform", "unseen", "corrections", "apart", "untold")
 FOLDER = ROOT / "benchmarks" / "needles"
 REFUSAL = UNKNOWN.strip(" .")
 REPLY_TOKENS_MAX = 24
@@ -36,9 +39,9 @@ class ConversationOptions:
     """One run over the four files."""
 
     folder: Path = FOLDER
-    """Where `freeform.jsonl`, `corrections.jsonl`, `apart.jsonl` and `untold.jsonl` are."""
+    """Where the files are, one `.jsonl` for each of `FILES`."""
     crowd: int = 20
-    """Facts of `freeform.jsonl` that one user is told."""
+    """Facts of `freeform.jsonl` and `unseen.jsonl` that one user is told."""
     mode: str = "mac"
     model: Path | None = None
     consolidate: int | None = None
@@ -53,10 +56,7 @@ def run_conversation_bench(
 
 
 async def _run(options: ConversationOptions, report: Report) -> dict[str, Any]:
-    rows = {
-        name: read_rows(options.folder / f"{name}.jsonl")
-        for name in ("freeform", "corrections", "apart", "untold")
-    }
+    rows = {name: read_rows(options.folder / f"{name}.jsonl") for name in FILES}
     folder = options.model or Config().model_folder
     with tempfile.TemporaryDirectory(prefix="titanmem-bench-") as scratch:
         keeper = await open_keeper(
@@ -73,6 +73,7 @@ async def _run(options: ConversationOptions, report: Report) -> dict[str, Any]:
                 "crowd": options.crowd,
                 "consolidate": listener.passes,
                 **await _freeform(listener, rows["freeform"], rows["untold"], options.crowd, report),
+                **await _unseen(listener, rows["unseen"], options.crowd, report),
                 **await _corrections(listener, rows["corrections"], report),
                 **await _apart(listener, rows["apart"], report),
             }
@@ -109,18 +110,14 @@ async def _freeform(
     listener: _Listener, facts: Sequence[Row], untold: Sequence[Row], crowd: int, report: Report
 ) -> dict[str, Any]:
     hits: list[bool] = []
-    false = refused = asked = 0
-    for number, start in enumerate(range(0, len(facts), crowd)):
-        part, user = facts[start : start + crowd], f"freeform-{number}"
-        report("facts in one's own words", 0.6 * start / len(facts))
-        await listener.tell(user, [row["fact"] for row in part])
-        await listener.rest(user)
-        replies = await listener.ask(user, [row["question"] for row in part])
-        hits += [holds(reply, row["answer"]) for row, reply in zip(part, replies, strict=True)]
+    false = refused = 0
+    users = -(-len(facts) // crowd)
+    for number in range(users):
+        report("facts in one's own words", 0.5 * number / users)
+        part, user = facts[number * crowd : (number + 1) * crowd], f"freeform-{number}"
+        hits += await _recalled(listener, user, part)
         # What nobody told: a share of the questions to each user, so that each is asked once.
-        share = untold[number :: -(-len(facts) // crowd)]
-        answers = await listener.ask(user, [row["question"] for row in share])
-        asked += len(answers)
+        answers = await listener.ask(user, [row["question"] for row in untold[number::users]])
         refused += sum(REFUSAL in answer for answer in answers)
         false += sum(any(holds(answer, row["answer"]) for row in part) for answer in answers)
     families: dict[str, list[int]] = {}
@@ -128,11 +125,28 @@ async def _freeform(
         found = families.setdefault(row["family"], [0, 0])
         found[0] += hit
         found[1] += 1
+    asked = len(untold)
     return {
         "freeform": {"recall": sum(hits) / len(hits), "questions": len(hits)},
         "by_family": families,
         "untold": {"false_recall": false / asked, "refused": refused / asked, "questions": asked},
     }
+
+
+async def _unseen(listener: _Listener, facts: Sequence[Row], crowd: int, report: Report) -> dict[str, Any]:
+    report("kinds of facts that training never had", 0.5)
+    hits: list[bool] = []
+    for start in range(0, len(facts), crowd):
+        hits += await _recalled(listener, f"unseen-{start}", facts[start : start + crowd])
+    return {"unseen": {"recall": sum(hits) / len(hits), "questions": len(hits)}}
+
+
+async def _recalled(listener: _Listener, user: str, facts: Sequence[Row]) -> list[bool]:
+    """Which facts are recalled of all that one user is told."""
+    await listener.tell(user, [row["fact"] for row in facts])
+    await listener.rest(user)
+    replies = await listener.ask(user, [row["question"] for row in facts])
+    return [holds(reply, row["answer"]) for row, reply in zip(facts, replies, strict=True)]
 
 
 async def _corrections(listener: _Listener, rows: Sequence[Row], report: Report) -> dict[str, Any]:

@@ -80,7 +80,9 @@ def show_conversation(result: dict[str, Any]) -> None:
     title = f"own words: {recall:.1%} of {asked}, {result['crowd']} a user"
     show_table(("family", "recalled"), families, title=title)
     corrections, apart, untold = result["corrections"], result["apart"], result["untold"]
+    unseen = result["unseen"]
     rows = [
+        ("kinds of facts that training never had", f"{unseen['recall']:.1%}", unseen["questions"]),
         ("corrected facts, new value", f"{corrections['new']:.1%}", corrections["questions"]),
         ("corrected facts, old value", f"{corrections['old']:.1%}", corrections["questions"]),
         ("two of one kind, right", f"{apart['right']:.1%}", apart["questions"]),

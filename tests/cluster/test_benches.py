@@ -39,6 +39,7 @@ def test_needles_are_hidden_read_and_asked_for(folder: Path, tmp_path: Path) -> 
 def test_a_conversation_is_scored_by_what_stands_in_the_replies(folder: Path, tmp_path: Path) -> None:
     files = {
         "freeform": [{"fact": "f", "question": "q", "answer": answer, "family": "x"} for answer in ("", "\0")],
+        "unseen": [{"fact": "f", "question": "q", "answer": answer, "family": "x"} for answer in ("", "", "\0")],
         "corrections": [{"fact": "f", "correction": "c", "question": "q", "answer": "\0", "old": ""}],
         "apart": [{"fact": "f", "other": "o", "question": "q", "other_question": "p", "answer": "",
                    "other_answer": "\0"}],
@@ -49,6 +50,7 @@ def test_a_conversation_is_scored_by_what_stands_in_the_replies(folder: Path, tm
     result = run_conversation_bench(ConversationOptions(folder=tmp_path, model=folder, crowd=2))
     # The empty answer stands in every reply, the NUL in none.
     assert result["freeform"] == {"recall": 0.5, "questions": 2}
+    assert result["unseen"] == {"recall": 2 / 3, "questions": 3}
     assert result["by_family"] == {"x": [1, 2]}
     assert result["corrections"] == {"new": 0.0, "old": 1.0, "questions": 1, "newer_wins": 0.0}
     assert result["apart"] == {"right": 0.5, "swapped": 0.5, "questions": 2, "kept_apart": 0.5}
@@ -56,7 +58,8 @@ def test_a_conversation_is_scored_by_what_stands_in_the_replies(folder: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("freeform", 200), ("corrections", 60), ("apart", 60), ("untold", 100)]
+    ("name", "count"),
+    [("freeform", 200), ("corrections", 60), ("apart", 60), ("untold", 100), ("unseen", 83)],
 )
 def test_what_people_said_is_what_it_claims(name: str, count: int) -> None:
     rows = read_rows(FOLDER / f"{name}.jsonl")
