@@ -40,6 +40,8 @@ class Weights:
     """Scale of similarities in the contrastive loss."""
     nothing: float = 0.5
     """Similarity under which nothing is found: a query for what nobody told must stay below it with every key."""
+    shape_below: bool = True
+    """Whether replies shape the lower layers too. Where a teacher has, keys and queries alone may move them."""
     negatives: float = 4.0
     """Weight of tokens that must not be written: there are thousands for each that must."""
 
@@ -99,6 +101,7 @@ def step_loss(
     spoken = (torch.arange(rows) < batch.spoken)[:, None]
 
     x, hidden = decoder.lower_blocks(inputs)
+    x = x if weights.shape_below else x.detach()
     around = memory.lookahead(hidden)
     key = memory.keys(hidden, around).flatten(0, 1)
     query = memory.queries(hidden, decoder.zeros(rows, decoder.config.memory.conv)).flatten(0, 1)

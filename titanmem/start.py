@@ -18,7 +18,7 @@ from titanmem.decoder import Decoder
 from titanmem.decoder_config import DecoderConfig
 from titanmem.facts import FactMaker, Words
 from titanmem.folder import load_base, save_decoder, save_memory
-from titanmem.phrasebook import PhraseBook, capitalised, load
+from titanmem.phrasebook import FOLDER, PhraseBook, capitalised, load
 from titanmem.speech import ANSWER, UNKNOWN, Speech
 from titanmem.teacher import Lessons, Teacher, sentences_of, start_embedding
 from titanmem.tokenizer import ChatTokenizer
@@ -52,7 +52,7 @@ class Start:
 def from_scratch(config: TrainConfig, decoder_config: DecoderConfig, words: Words | None = None) -> Start:
     """A model of our own, of start values. The tokenizer is kept in `out`, so that a resumed run has the same."""
     texts = [read_text(path) for path in config.data]
-    words, phrases = words or words_of(texts), load()
+    words, phrases = words or words_of(texts), load(config.phrases or FOLDER)
     path = config.out / "tokenizer.json"
     if config.resume and path.is_file():
         tokenizer = Tokenizer.from_file(str(path))
@@ -94,7 +94,7 @@ def beside(config: TrainConfig, folder: Path, words: Words | None = None) -> Sta
         speech=Speech.of(tokenizer),
         book=np.concatenate([tokenizer.encode(line, inside=True) for line in lines]),
         words=words or words_of(texts),
-        phrases=load(),
+        phrases=load(config.phrases or FOLDER),
         save=lambda: save_memory(decoder.memory, layer, folder),
     )
 

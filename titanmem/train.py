@@ -38,9 +38,9 @@ SKIM_ROWS = 96
 """Rows of one batch for the skim."""
 LESSONS_ONLY = 0.2
 """Share of the time that is spent on the teacher's lessons alone, before the rest begins."""
-LESSON_ROWS, LESSON_ROWS_LATER = 16, 3
+LESSON_ROWS, LESSON_ROWS_LATER = 16, 5
 """Rows of sentences in a step of the first part, and beside everything else."""
-LESSON_WEIGHT, LESSON_WEIGHT_LATER = 4.0, 0.5
+LESSON_WEIGHT = 4.0
 MODES = {"mac": 0.5, "mag": 0.25, "mal": 0.25}
 """How often each mode is trained: they share all but what meets the memory in one layer."""
 CHECK_STEPS = 200
@@ -101,19 +101,21 @@ class Trainer:
     def advance(self) -> dict[str, float]:
         """One step of the optimisers; its figures."""
         progress = self.spent_s / (60.0 * self.config.minutes)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * learning_rate(progress, self.step, self.config.warmup_steps)
         figures, losses, lessons = {}, [], self.start.lessons
         alone = lessons is not None and progress < LESSONS_ONLY
+        rate = learning_rate(progress, self.step, self.config.warmup_steps)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * rate * (1.0 if alone else group["later"])
         if lessons is not None:
-            rows, weight = (LESSON_ROWS, LESSON_WEIGHT) if alone else (LESSON_ROWS_LATER, LESSON_WEIGHT_LATER)
+            rows = LESSON_ROWS if alone else LESSON_ROWS_LATER
             lesson = lesson_loss(self.decoder, lessons.make(rows, self.config.tokens), lessons)
             figures["lesson"] = float(lesson.detach())
-            losses.append(weight * lesson)
+            losses.append(LESSON_WEIGHT * lesson)
         if not alone:
             (mode,) = self.modes.choices(list(MODES), list(MODES.values()))
-            result = step_loss(self.decoder, self.batches.make(), Weights(), self.generator, mode)
+            weights = Weights(shape_below=lessons is None)
+            result = step_loss(self.decoder, self.batches.make(), weights, self.generator, mode)
             figures |= result.figures
             losses.append(result.loss)
             self.whitening.add(result.written_features_NF)

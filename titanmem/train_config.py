@@ -21,6 +21,8 @@ class TrainConfig:
     """Memory of such a checkpoint, and the first layer that sees it; 0 is half of the layers."""
     data: tuple[Path, ...]
     """Text files, plain or .xz, that the model may see."""
+    phrases: Path | None = None
+    """Folder of a phrase book (`titanmem.phrasebook`); None is the one that ships."""
     teacher: Path | None = None
     """Folder of a sentence encoder to learn from what sentences mean (`titanmem.teacher`); None for no lessons."""
     lessons: tuple[Path, ...] = ()
@@ -54,6 +56,8 @@ class TrainConfig:
                     raise ValueError(f"train.{name}: {path} is not a file")
         if self.model is not None and self.teacher is not None:
             raise ValueError("train.teacher: a checkpoint of another maker knows what sentences mean")
+        if self.phrases is not None and not self.phrases.is_dir():
+            raise ValueError(f"train.phrases: {self.phrases} is not a folder")
         if self.lessons and self.teacher is None:
             raise ValueError("train.lessons: there is no teacher to give them (train.teacher)")
         if not 0 < self.minutes <= 100_000:

@@ -35,6 +35,9 @@ def train(
         Path | None,
         typer.Option("--model", help="Checkpoint folder to train a memory for; its weights stay."),
     ] = None,
+    phrases: Annotated[
+        Path | None, typer.Option("--phrases", help="Folder of a phrase book; default: the one that ships.")
+    ] = None,
     teacher: Annotated[
         Path | None,
         typer.Option("--teacher", help="Sentence encoder (a BERT folder) to learn meanings from."),
@@ -57,7 +60,7 @@ def train(
     from titanmem.train import TrainConfig, run
 
     config = TrainConfig(
-        out=folder, model=model, data=tuple(data), teacher=teacher, lessons=tuple(lessons or ()),
+        out=folder, model=model, data=tuple(data), phrases=phrases, teacher=teacher, lessons=tuple(lessons or ()),
         minutes=minutes, seed=seed, threads=threads, resume=resume,
     )  # fmt: skip
     last: dict[str, float] = {}

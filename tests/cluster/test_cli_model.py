@@ -121,6 +121,25 @@ def test_a_training_is_told_what_the_flags_say(monkeypatch: pytest.MonkeyPatch, 
     assert seen == [TrainConfig(out=tmp_path / "m", data=(one, two), **expected)]
     plain = run("train", "--out", str(tmp_path / "m"), "--data", str(one))
     assert "trained 25 steps in 0.5 min" in plain.stdout
+    more = f"--out {tmp_path}/m --data {one} --teacher {tmp_path} --lessons {two} --phrases {tmp_path}"
+    assert run("train", *more.split()).exit_code == 0
+    learned = {"teacher": tmp_path, "lessons": (two,), "phrases": tmp_path}
+    assert seen[-1] == TrainConfig(out=tmp_path / "m", data=(one,), **learned)
+
+
+def test_a_memory_is_trained_into_the_checkpoints_own_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[TrainConfig] = []
+    train(monkeypatch, lambda config: seen.append(config) or config.out)
+    data = tmp_path / "one.txt"
+    data.touch()
+    assert run("train", "--model", str(tmp_path), "--data", str(data)).exit_code == 0
+    assert seen == [TrainConfig(out=tmp_path, model=tmp_path, data=(data,))]
+    for flags in ([], ["--model", str(tmp_path), "--out", str(tmp_path / "m")]):
+        result = run("train", "--data", str(data), *flags)
+        assert result.exit_code == 2
+        assert "--out FOLDER" in result.stderr
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])
