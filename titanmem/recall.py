@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kernels import ops
 from titanmem.consolidation import PASSES, consolidate
@@ -49,6 +50,12 @@ class Listener:
         if passes:
             consolidate(self.slab_SHD, 0, self.reservoir, self.encoder.values_VD, self.spec, passes)
 
+    def recalled(self, query_ND: Tensor) -> Tensor:
+        """What the memory says to each query, [N, D]."""
+        columns_NK, values_NK = self.decoder.memory.code(query_ND)
+        slots = torch.zeros(len(columns_NK), dtype=torch.int64)
+        return ops.sparse_read(self.slab_SHD, slots, columns_NK, values_NK)
+
     @torch.no_grad()
     def ask(self, questions: Sequence[str], most: int = 16, mode: str = "mac") -> list[str]:
         """The likeliest reply to each question, each in a new conversation, at most `most` tokens."""
@@ -74,9 +81,7 @@ class Listener:
         decoder, memory = self.decoder, self.decoder.memory
         x, hidden = decoder.lower_blocks(tokens)
         query = memory.queries(hidden, decoder.zeros(len(texts), self.spec.conv))
-        columns_NK, values_NK = memory.code(query.flatten(0, 1))
-        slots = torch.zeros(len(columns_NK), dtype=torch.int64)
-        read = ops.sparse_read(self.slab_SHD, slots, columns_NK, values_NK).view(*tokens.shape, -1)
+        read = self.recalled(query.flatten(0, 1)).view(*tokens.shape, -1)
         out = decoder.upper_blocks(x, read, mode)
         last = torch.tensor([len(text) - 1 for text in texts])
         rows = torch.arange(len(texts))

@@ -20,7 +20,7 @@ from cluster.commands.terminal import (
 )
 
 app = typer.Typer(add_completion=False)
-MINUTES = 90.0
+MINUTES, SKIM_STEPS = 90.0, 500
 STEADY = ("step", "spent_s", "tokens")
 """Figures of a report that say where the run stands, not how good the model is."""
 
@@ -46,6 +46,9 @@ def train(
         list[Path] | None, typer.Option("--lessons", help="Text for the teacher's lessons; may be repeated.")
     ] = None,
     minutes: Annotated[float, typer.Option("--minutes", help="Wall clock to train.")] = MINUTES,
+    skim_steps: Annotated[
+        int, typer.Option("--skim-steps", min=1, help="Batches of the last part, beyond the minutes.")
+    ] = SKIM_STEPS,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights and batches.")] = 0,
     threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="CPU threads.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
@@ -61,7 +64,7 @@ def train(
 
     config = TrainConfig(
         out=folder, model=model, data=tuple(data), phrases=phrases, teacher=teacher, lessons=tuple(lessons or ()),
-        minutes=minutes, seed=seed, threads=threads, resume=resume,
+        minutes=minutes, skim_steps=skim_steps, seed=seed, threads=threads, resume=resume,
     )  # fmt: skip
     last: dict[str, float] = {}
     bar = progress_bar(
@@ -76,9 +79,11 @@ def train(
         def report(figures: dict[str, float]) -> None:
             last.update(figures)
             shown = "  ".join(f"{name} {figure(v)}" for name, v in figures.items() if name not in STEADY)
-            bar.update(task, completed=figures["spent_s"], step=f"{figures['step']:.0f}", figures=shown)
+            # The last part, which learns to skim, has steps of its own and no share of the minutes.
+            step, spent_s = last.get("step", 0), last.get("spent_s", 0)
+            bar.update(task, completed=spent_s, step=f"{step:.0f}", figures=shown)
             if bar.disable:
-                note(f"step {figures['step']:.0f}  {figures['spent_s'] / 60:.1f} min  {shown}")
+                note(f"step {step:.0f}  {spent_s / 60:.1f} min  {shown}")
 
         try:
             run(config, report)

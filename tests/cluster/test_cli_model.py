@@ -96,6 +96,7 @@ def test_a_bench_without_flags_measures_the_contracts_lengths(asked: list[Needle
 def train(monkeypatch: pytest.MonkeyPatch, does: Callable[[TrainConfig], Path]) -> None:
     def trained(config: TrainConfig, progress: Callable[[dict[str, float]], None]) -> Path:
         progress(FIGURES)
+        progress({"skim_step": 25.0, "skim_loss": 0.5})
         return does(config)
 
     monkeypatch.setattr(titanmem.train, "run", trained)
@@ -115,7 +116,12 @@ def test_a_training_is_told_what_the_flags_say(monkeypatch: pytest.MonkeyPatch, 
     flags = f"--out {tmp_path}/m --data {one} --data {two} --minutes 2.5 --seed 3 --threads 1 --resume"
     result = run("train", *flags.split(), "--json")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout) == {"out": f"{tmp_path}/m", **FIGURES}
+    assert json.loads(result.stdout) == {
+        "out": f"{tmp_path}/m",
+        **FIGURES,
+        "skim_step": 25.0,
+        "skim_loss": 0.5,
+    }
     assert "step 25" in result.stderr
     expected = {"minutes": 2.5, "seed": 3, "threads": 1, "resume": True}
     assert seen == [TrainConfig(out=tmp_path / "m", data=(one, two), **expected)]
