@@ -1,14 +1,12 @@
 """θ_M over shared features and K-sparse codes (`written_layers = last`): two layers for all users, one of their own.
 
-M(k) = W_3 code(W_2 relu(W_1 k)). Only W_3, which starts at zero, is written while a user talks; the gradient of
+M(k) = W_3 code(W_2 W_1 k). Only W_3, which starts at zero, is written while a user talks; the gradient of
 W_3 is e a^T, K columns a token, so read is a gather and write a scatter (docs/memory.md).
 
 Axes: N tokens, F features, H code width, K active units, D key or value width, U users.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +27,18 @@ class SharedFeatures(nn.Module):
     def __init__(self, spec: MemorySpec) -> None:
         super().__init__()
         self.spec = spec
-        self.w1 = nn.Parameter(
-            torch.empty(spec.d_nltm, spec.key_dim).normal_(std=1 / math.sqrt(spec.key_dim))
-        )
+        self.w1 = nn.Parameter(nn.init.orthogonal_(torch.empty(spec.d_nltm, spec.key_dim)))
         self.register_buffer("w2_HF", F.normalize(torch.randn(spec.code_width, spec.d_nltm), dim=1))
         self.register_buffer("whitening_FF", torch.eye(spec.d_nltm))
         self.register_buffer("whitening_mean_F", torch.zeros(spec.d_nltm))
 
     def features(self, key_ND: Tensor) -> Tensor:
-        """First layer of θ_M: relu(W_1 k), not yet whitened, [N, F]."""
-        return F.relu(F.linear(key_ND, self.w1))
+        """First layer of θ_M: W_1 k, not yet whitened, [N, F].
+
+        Linear: the choice of units above it is all the non-linearity that is needed, and a relu here lost half of what
+        keys know of other words (docs/log.md).
+        """
+        return F.linear(key_ND, self.w1)
 
     def whitened(self, key_ND: Tensor) -> Tensor:
         """Features with mean zero and the same variance in every direction, over written keys, [N, F]."""
@@ -53,10 +53,11 @@ class SharedFeatures(nn.Module):
         return self.code_of(self.whitened(key_ND))
 
     @torch.no_grad()
-    def whiten(self, mean_F: Tensor, covariance_FF: Tensor, shrinkage: float = 0.1) -> None:
+    def whiten(self, mean_F: Tensor, covariance_FF: Tensor, shrinkage: float = 3.0) -> None:
         """Set the whitening from the mean and covariance of `features` over written keys.
 
-        With unit rows in W_2 every code unit then has variance one over those keys, so that all are used alike.
+        With unit rows in W_2 every code unit then has a like variance over those keys, so that all are used alike.
+        The larger the shrinkage, the less small directions count: in those, questions and statements differ most.
         """
         values, vectors = torch.linalg.eigh(covariance_FF.double())
         floor = shrinkage * values.mean()

@@ -123,19 +123,23 @@ class DecoderConfig:
         return cls(**own, memory=MemorySpec().overridden(values.get("memory", {})))
 
     @classmethod
-    def load(cls, folder: Path) -> DecoderConfig:
-        """Read `config.json` of a model folder, and `titanmem.json` if it is there (`titanmem.checkpoint`).
+    def load_alone(cls, folder: Path) -> DecoderConfig:
+        """Read `config.json` of a model folder, whatever memory lies beside it.
 
         Raises ModelFolderError naming the file and what is wrong.
         """
         values = read_json(folder / CONFIG)
         try:
-            config = cls.from_dict(values)
+            return cls.from_dict(values)
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise ModelFolderError(
                 f"{folder / CONFIG}: {str(error).removeprefix('config.json: ')}"
             ) from error
-        found = MemoryConfig.load(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> DecoderConfig:
+        """The same, and `titanmem.json` if it is there (`titanmem.checkpoint`)."""
+        config, found = cls.load_alone(folder), MemoryConfig.load(folder)
         if found is None:
             return config
         path = folder / MEMORY_CONFIG

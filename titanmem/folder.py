@@ -25,11 +25,10 @@ from titanmem.checkpoint import (
     MemoryConfig,
     base_hash,
     decoder_hash,
-    read_json,
     weight_map,
 )
 from titanmem.decoder import Decoder
-from titanmem.decoder_config import MODEL_TYPE, DecoderConfig
+from titanmem.decoder_config import DecoderConfig
 from titanmem.errors import ModelFolderError
 from titanmem.huggingface import file_name, own_name
 from titanmem.spec import MemorySpec
@@ -126,13 +125,10 @@ class _Place:
 
 def _without_memory(folder: Path) -> DecoderConfig:
     """Config of another maker's checkpoint, whatever memory lies beside it."""
-    values = read_json(folder / CONFIG)
-    if values.get("model_type") == MODEL_TYPE:
+    config = DecoderConfig.load_alone(folder)
+    if config.remembers:
         raise ModelFolderError(f"{folder / CONFIG}: a checkpoint of ours has its memory among its weights")
-    try:
-        return DecoderConfig.from_dict(values)
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ModelFolderError(f"{folder / CONFIG}: {str(error).removeprefix('config.json: ')}") from error
+    return config
 
 
 def _shapes(config: DecoderConfig) -> Decoder:

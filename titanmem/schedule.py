@@ -21,7 +21,9 @@ def understands(name: str, memory_layer: int) -> bool:
     """Whether a parameter is part of what a teacher's lessons train: embeddings, lower layers, keys and queries."""
     if name.startswith("layers."):
         return int(name.split(".")[1]) < memory_layer
-    return name.startswith(("embed_", "memory.lookahead.", "memory.query_", "memory.around_"))
+    return name.startswith(
+        ("embed_", "memory.lookahead.", "memory.query_", "memory.key_", "memory.around_", "memory.w1")
+    )
 
 
 def optimizers(decoder: Decoder, config: TrainConfig) -> list[torch.optim.Optimizer]:

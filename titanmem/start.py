@@ -138,7 +138,7 @@ def _taught(config: TrainConfig, folder: Path, start: Start, tokenizer: Tokenize
     with torch.no_grad():
         decoder.embed_tokens.weight[: len(embedding)] = torch.from_numpy(embedding)
         # Keys begin as what the teacher says of the whole sentence; what stands just before comes later.
-        decoder.memory.key_proj.weight.mul_(0.2)
+        decoder.memory.key_proj.weight.mul_(0.05)
         torch.nn.init.normal_(decoder.memory.around_proj.weight, std=0.02)
     return Lessons(start.speech, sentences, places, decoder.config.memory.key_dim, config.seed)
 

@@ -1,6 +1,6 @@
 """The default memory: shared features, K-sparse codes, one written layer.
 
-θ_M is an MLP of three layers, M(k) = W_3 code(W_2 relu(W_1 k)). The first two are the same for every user; only
+θ_M is an MLP of three layers, M(k) = W_3 code(W_2 W_1 k). The first two are the same for every user; only
 W_3 is written while a user talks, so W_3 is the user. The key of a token is the text around it and its value is the
 token itself; a query is the text before a token: recall is next-token prediction from weights (Titans, arXiv
 2501.00663, eq. 11-12, with the key moved back by one token). Lower decoder layers never read the memory, so all of this

@@ -32,7 +32,7 @@ from titanmem.training_report import write_report
 
 logger = logging.getLogger(__name__)
 
-SMALL = DecoderConfig(vocab_size=8192, memory=MemorySpec(code_active=64))
+SMALL = DecoderConfig(vocab_size=8192, memory=MemorySpec(code_active=128, reservoir=2048))
 """The default model: 8.9 million weights in float16."""
 SKIM_ROWS = 96
 """Rows of one batch for the skim."""

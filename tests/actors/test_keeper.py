@@ -21,6 +21,7 @@ from storage.names import UserKey
 from storage.objects import open_objects
 from storage.snapshot_manifest import new_snapshot_id
 from tests.tiny_model import tiny_folder
+from titanmem.decoder_config import SERVED
 from titanmem.tokenizer import ChatTokenizer
 
 ALICE, BOB, CAROL = (UserKey("local", name) for name in ("alice", "bob", "carol"))
@@ -136,6 +137,21 @@ async def test_neighbours_change_nothing_of_an_answer(options, model):
         answers = await asyncio.gather(*crowd, again)
     assert alone.completion_tokens == 12
     assert answers[-1].text == alone.text
+
+
+async def test_conversations_of_three_modes_are_decoded_side_by_side(options, model):
+    question = ("user", "What is the name of my dog?")
+
+    def asked(mode: str) -> ChatCall:
+        return chat(model, ALICE, question, update_id=mode, memory="read_only", mode=mode)
+
+    async with opened(options, slots=8) as keeper:
+        for n in range(3):
+            await keeper.ingest(piece(ALICE, n))
+        alone = {mode: (await collect(keeper.chat(asked(mode)))).text for mode in SERVED["mode"]}
+        together = await asyncio.gather(*(collect(keeper.chat(asked(mode))) for mode in SERVED["mode"]))
+    assert {mode: done.text for mode, done in zip(SERVED["mode"], together, strict=True)} == alone
+    assert len(set(alone.values())) == 3, "another seed, or this shows nothing"
 
 
 async def test_history_that_comes_again_is_not_written_twice(options, model):

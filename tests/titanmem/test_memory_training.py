@@ -13,8 +13,9 @@ from tests.foreign_model import foreign_folder
 from tests.titanmem.test_training import WORDS
 from titanmem.checkpoint import decoder_hash
 from titanmem.corpus import read_text
+from titanmem.facts import FactMaker, Theme
 from titanmem.folder import load_decoder
-from titanmem.needles import heldout_needles, hide
+from titanmem.needles import Needle, hide
 from titanmem.phrasebook import FOLDER, load
 from titanmem.recall import Listener
 from titanmem.schedule import optimizers
@@ -29,17 +30,20 @@ SPEC = MemorySpec(
     code_active=32, key_dim=64, value_dim=64, d_nltm=128, code_width=2048, window=128, chunk_size=128
 )
 PHRASES = """
-@ color | about: me, relation, person | value: color
+@ color | about: me, relation | value: color
 = {S's} favorite color is {v}.
 ? What is {S's} favorite color?
-@ city | about: me, relation, person | value: city
+@ city | about: me, relation | value: city
 = {S} [live|lives] in {v}.
 ? Where [do|does] {S} live?
-@ pin | about: me, relation, person | value: d4
-= {S's} PIN is {v}.
-? What is {S's} PIN?
+@ pet | about: me, relation | value: animal
+= {S's} pet is a {v}.
+? What pet [do|does] {S} have?
+@ fruit | about: me, relation | value: fruit
+= {S} [eat|eats] {v} every day.
+? Which fruit [do|does] {S} eat?
 """
-TOKENS, QUESTIONS = 16_384, 20
+TOKENS, QUESTIONS, STEPS = 16_384, 20, 300
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def phrases(tmp_path: Path) -> Path:
 @pytest.fixture
 def checkpoint(tmp_path: Path, text: str, phrases: Path) -> Path:
     texts = [text[500_000:700_000], *spoken_samples(WORDS, load(phrases), 3000)]
-    return foreign_folder(tmp_path / "llama", texts, vocab_size=1024, width=128, layers=3)
+    return foreign_folder(tmp_path / "llama", texts, vocab_size=2048, width=128, layers=3)
 
 
 def config(checkpoint: Path, phrases: Path, text: str, minutes: float) -> TrainConfig:
@@ -72,10 +76,21 @@ def config(checkpoint: Path, phrases: Path, text: str, minutes: float) -> TrainC
     )  # fmt: skip
 
 
+def told_and_asked(phrases: Path) -> list[Needle]:
+    """Facts with values and pairs of subject and attribute that training never uses."""
+    book = load(phrases)
+    maker, found = FactMaker(WORDS, book, 3, heldout=True), {}
+    while len(found) < QUESTIONS:
+        fact = maker.make(Theme(attributes=book.attributes))
+        (told,), (asked,) = fact.statements, fact.questions
+        found[fact.key] = Needle(fact=told.replace("{v}", fact.value), question=asked, answer=fact.value)
+    return list(found.values())
+
+
 def recalled(folder: Path, phrases: Path, text: str) -> int:
     """How many held-out facts of `QUESTIONS` come back after `TOKENS` tokens of a book that training never saw."""
     tokenizer = ChatTokenizer(folder)
-    needles = heldout_needles(WORDS, load(phrases), QUESTIONS, seed=3)
+    needles = told_and_asked(phrases)
     book = tokenizer.encode(text[800_000:1_000_000])
     told = [tokenizer.encode(f"\n{needle.fact}\n") for needle in needles]
     tokens = hide(book, told, TOKENS, 10, random.Random(0))
@@ -93,12 +108,17 @@ def recalled(folder: Path, phrases: Path, text: str) -> int:
 def test_recall_rises_from_nothing_and_the_checkpoint_stays(
     checkpoint: Path, phrases: Path, text: str
 ) -> None:
-    asked, before = config(checkpoint, phrases, text, 3.0), decoder_hash(checkpoint)
+    asked, before = config(checkpoint, phrases, text, 1.0), decoder_hash(checkpoint)
     torch.manual_seed(0)
     start = beside(asked, checkpoint, WORDS)
     start.save()
     assert recalled(checkpoint, phrases, text) <= 1
-    Trainer(asked, start).run(lambda figures: None)
+    trainer = Trainer(asked, start)
+    for step in range(STEPS):  # by steps, not by the clock: a slow machine is no failure
+        trainer.spent_s = 60 * asked.minutes * step / STEPS
+        trainer.advance()
+    trainer.spent_s = 60 * asked.minutes
+    trainer.run(lambda figures: None)  # what is left: to learn to skim, and to save
     assert decoder_hash(checkpoint) == before
     assert recalled(checkpoint, phrases, text) >= 0.9 * QUESTIONS
 
