@@ -24,7 +24,7 @@ class KeeperOptions:
     model: str
     """Folder of θ_F, tokenizer and chat template."""
     store_url: str
-    """Absolute `file://` or `s3://` URL of the memory store."""
+    """Absolute `file://`, `s3://` or `redis://` URL of the memory store."""
     journal_dir: str
     """Absolute local folder of journals; this shard's file is `journal`."""
     shard: str

@@ -21,7 +21,7 @@ ENV_PREFIX = "TITANMEM_"
 SPEC_PREFIX = "spec_"
 DEFAULT_KEEPER = "actors.keeper:open_keeper"
 DEFAULT_MODEL_NAME = "titanmem-small"
-STORE_SCHEMES = ("file", "s3")
+STORE_SCHEMES = ("file", "s3", "redis", "rediss")
 SHARDS_MAX = 1024
 SLOTS_MAX = 65536
 
@@ -45,7 +45,7 @@ class Config:
     model: str | None = None
     """Folder with θ_F (`config.json`, weights, tokenizer); None is the small model that is shipped."""
     store: str = "file://./var/store"
-    """`file://` or `s3://` URL where memories and the shard map rest; a relative path is made absolute."""
+    """`file://`, `s3://` or `redis://` URL where memories and the shard map rest; a relative path is made absolute."""
     journal_dir: str = "./var/journal"
     """Local folder of the shards' journals: acknowledged tokens that no stored memory holds yet."""
     snapshots: str = "file://./var/snapshots"

@@ -135,15 +135,21 @@ def open_objects(url: str) -> Objects:
 
     `file:///folder` (or `file://./folder`, from the current one), and
     `s3://bucket/prefix?endpoint=http://host:port&region=name`, where credentials come from the environment as
-    boto3 has it, and the endpoint from `AWS_ENDPOINT_URL` when it is not given.
+    boto3 has it, and the endpoint from `AWS_ENDPOINT_URL` when it is not given;
+    `redis://host:port/db?prefix=name` (`rediss://` with TLS), credentials from `REDIS_USERNAME` and `REDIS_PASSWORD`.
     """
     parts = urlsplit(url)
     if parts.scheme == "file":
         return _open_local(url, parts)
     if parts.scheme == "s3":
         return _open_s3(url, parts)
+    if parts.scheme in ("redis", "rediss"):
+        from storage.redis import from_url
+
+        return from_url(shorten(url), parts, dict(parse_qsl(parts.query)))
     raise ValueError(
-        f"store: {shorten(url)!r}: expected file:///folder or s3://bucket/prefix?endpoint=…&region=…"
+        f"store: {shorten(url)!r}: expected file:///folder, s3://bucket/prefix?endpoint=…&region=… "
+        "or redis://host:port/db"
     )
 
 

@@ -31,6 +31,7 @@ from botocore.exceptions import (
     ResponseStreamingError,
 )
 
+from storage.attempts import Attempts
 from storage.errors import StoreUnavailable, StoreUnfit, VersionConflict
 from storage.objects import ObjectInfo, check_object_name, check_prefix, probe_conditions
 from storage.ranges import RangeFile
@@ -40,8 +41,6 @@ T = TypeVar("T")
 CONNECT_TIMEOUT_S = 3.0
 READ_TIMEOUT_S = 20.0
 ATTEMPTS_MAX = 5
-BACKOFF_FIRST_S = 0.05
-BACKOFF_MAX_S = 2.0
 BUDGET_S = 30.0
 PART_BYTES = 16 << 20
 READ_AHEAD_BYTES = 256 << 10
@@ -97,8 +96,9 @@ class S3Objects:
     ) -> None:
         self.bucket, self.prefix = bucket, f"{prefix}/" if prefix else ""
         self.url = f"s3://{bucket}/{prefix}"
-        self._attempts_max, self._budget_s = attempts_max, budget_s
-        self._sleep, self._clock, self._jitter = sleep, clock, jitter
+        self._attempts = Attempts(
+            most=attempts_max, budget_s=budget_s, sleep=sleep, clock=clock, jitter=jitter
+        )
         common: dict[str, Any] = {
             "connect_timeout": connect_timeout_s,
             "read_timeout": read_timeout_s,
@@ -151,7 +151,7 @@ class S3Objects:
     def _put_if(self, name: str, data: bytes, write: Callable[[], str], if_tag: str | None) -> str:
         """A conditional write. Once an answer was lost, a refusal may be our own success: read it again."""
         lost: _Lost | None = None
-        for _ in self._attempts():
+        for _ in self._attempts:
             try:
                 return self._once("write", name, write)
             except (_Missing, _Refused) as error:
@@ -183,7 +183,7 @@ class S3Objects:
         )
         checksums = {"ChecksumAlgorithm": "CRC32"}
 
-        bulk = self._make_client({"total_max_attempts": self._attempts_max, "mode": "standard"})
+        bulk = self._make_client({"total_max_attempts": self._attempts.most, "mode": "standard"})
 
         def upload() -> int:
             bulk.upload_file(str(path), self.bucket, key, ExtraArgs=checksums, Config=config)
@@ -262,7 +262,7 @@ class S3Objects:
     def _often(self, what: str, name: str, call: Callable[[], T]) -> T:
         """`call`, repeated while it fails in ways that pass; for requests that may safely be repeated."""
         lost: _Lost | None = None
-        for _ in self._attempts():
+        for _ in self._attempts:
             try:
                 return self._once(what, name, call)
             except _Lost as error:
@@ -305,13 +305,3 @@ class S3Objects:
             f"{self.url}: can not {what} {name or 'the bucket'}: {error}. Check credentials and permissions.",
             name=name,
         )
-
-    def _attempts(self) -> Iterator[int]:
-        """Numbers of attempts, with pauses between them that grow and differ from client to client."""
-        deadline = self._clock() + self._budget_s
-        for attempt in range(self._attempts_max):
-            if attempt:
-                self._sleep(min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2**attempt) * (0.5 + self._jitter() / 2))
-                if self._clock() > deadline:
-                    return
-            yield attempt

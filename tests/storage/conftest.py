@@ -1,4 +1,4 @@
-"""Stores for the tests of this room: folders, and a real S3 server that all of them share."""
+"""Stores for the tests of this room: folders, and a real S3 server and a real Redis that all of them share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from storage.objects import Objects, open_objects
 from storage.store import MemoryStore
-from tests.servers import S3Server, ministack
+from tests.servers import RedisServer, S3Server, ministack, redis_server
 
 _numbers = itertools.count()
 
@@ -29,10 +29,25 @@ def s3_url(s3_server: S3Server) -> str:
     return s3_server.url("titanmem", f"test/{next(_numbers)}")
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One redis-server for the session; nobody kills it."""
+    with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(shared_redis: RedisServer) -> str:
+    """A store's URL with a prefix of its own."""
+    return shared_redis.url(f"test{next(_numbers)}")
+
+
+@pytest.fixture(params=["file", "s3", "redis"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty store of each kind."""
-    return f"file://{tmp_path}/store" if request.param == "file" else request.getfixturevalue("s3_url")
+    if request.param == "file":
+        return f"file://{tmp_path}/store"
+    return request.getfixturevalue(f"{request.param}_url")
 
 
 @pytest.fixture

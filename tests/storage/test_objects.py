@@ -152,7 +152,11 @@ def test_a_store_that_ignores_preconditions_is_refused(
 @pytest.mark.parametrize(
     "url",
     [
-        "redis://localhost",
+        "gopher://localhost",
+        "redis://",
+        "redis://user:secret@host/0",
+        "redis://host/zero",
+        "redis://host/0?color=blue",
         "/var/store",
         "",
         "file://",
@@ -165,7 +169,9 @@ def test_a_store_that_ignores_preconditions_is_refused(
     ],
 )
 def test_a_wrong_url_says_what_there_is(url: str) -> None:
-    with pytest.raises(ValueError, match=r"^store: .*expected .*(file:///folder|s3://bucket/prefix)"):
+    with pytest.raises(
+        ValueError, match=r"^store: .*expected .*(file:///folder|s3://bucket/prefix|redis://host:port/db)"
+    ):
         open_objects(url)
 
 

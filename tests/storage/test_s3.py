@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def test_pauses_grow_and_stop_at_the_budget() -> None:
     with pytest.raises(StoreUnavailable, match="tried again and again"):
         objects.get("a")
     assert pauses == [0.1, 0.2, 0.4, 0.8]
-    objects._budget_s, pauses[:] = 0.25, []
+    objects._attempts, pauses[:] = replace(objects._attempts, budget_s=0.25), []
     with pytest.raises(StoreUnavailable):
         objects.get("a")
     assert pauses == [0.1, 0.2]
