@@ -92,6 +92,8 @@ class FactMaker:
         self.book = book
         self.words = words.part(heldout)
         self.values = {kind: part_of(items, heldout) for kind, items in book.values.items()}
+        self.abouts = {kind for attribute in book.attributes for kind in attribute.about}
+        """Whom the book has facts about: a book of one's own may leave some out."""
 
     def theme(self) -> Theme:
         """What one user's facts are about: everything, a few attributes, a few subjects, or numbers."""
@@ -100,7 +102,7 @@ class FactMaker:
             # Neighbours in the phrase book are about things of one kind.
             start = self.random.randrange(max(1, len(self.book.attributes) - ALIKE))
             return Theme(attributes=self.book.attributes[start : start + ALIKE])
-        if draw < 0.45:
+        if draw < 0.45 and self.abouts & {"relation", "person"}:
             people = self.random.sample(self.values["relation"], 2) + self.random.sample(self.words.names, 2)
             return Theme(subjects=people)
         return Theme(family="number") if draw < 0.57 else Theme()
@@ -110,7 +112,7 @@ class FactMaker:
         theme = theme or Theme()
         family = theme.family or self.random.choices(FAMILIES, WEIGHTS)[0]
         if theme.attributes or theme.subjects or family in ("chat", "person"):
-            return self._attribute(theme, person=family == "person")
+            return self._attribute(theme, person=family == "person" and "person" in self.abouts)
         return getattr(self, f"_{family}")()
 
     def corrected(self, fact: Fact) -> Fact:

@@ -21,7 +21,7 @@ from titanmem.lookahead import Skim
 from titanmem.muon import orthogonalized
 from titanmem.needles import Needle, heldout_needles, hide, read_needles, write_needles
 from titanmem.objective import Weights, memory_of, step_loss
-from titanmem.phrasebook import load
+from titanmem.phrasebook import FOLDER, load
 from titanmem.schedule import learning_rate
 from titanmem.skim_training import train_skim
 from titanmem.speech import UNKNOWN, Speech
@@ -100,6 +100,21 @@ def test_a_theme_of_one_fact_does_not_end_in_a_search_for_another(tokenizer, mon
     )
     batch = made.make()
     assert len(set(batch.identity[batch.gate == WRITTEN].tolist())) > 10
+
+
+@pytest.mark.parametrize("about", ["me", "relation", "person", "world"])
+def test_a_book_of_ones_own_may_be_about_one_kind_of_subject(about, tmp_path):
+    for name in ("values.txt", "talk.txt"):
+        (tmp_path / name).write_text((FOLDER / name).read_text())
+    subject = {"me": "My", "world": "The"}.get(about, "{S's}")
+    lines = [
+        f"@ a{n} | about: {about} | value: city\n= {subject} place {n} is {{v}}.\n? What is {subject} {n}?\n"
+        for n in range(3)
+    ]
+    (tmp_path / "few.txt").write_text("".join(lines))
+    maker = FactMaker(WORDS, load(tmp_path), 4)
+    facts = [maker.make(maker.theme()) for _ in range(200)]
+    assert sum(fact.kind == "city" for fact in facts) > 50
 
 
 def test_a_correction_says_so_and_names_the_old_value():
