@@ -52,7 +52,7 @@ class Start:
 def from_scratch(config: TrainConfig, decoder_config: DecoderConfig, words: Words | None = None) -> Start:
     """A model of our own, of start values. The tokenizer is kept in `out`, so that a resumed run has the same."""
     texts = [read_text(path) for path in config.data]
-    words, phrases = words or words_of(texts), load(config.phrases or FOLDER)
+    words, phrases = words or _words(texts), load(config.phrases or FOLDER)
     path = config.out / "tokenizer.json"
     if config.resume and path.is_file():
         tokenizer = Tokenizer.from_file(str(path))
@@ -93,10 +93,18 @@ def beside(config: TrainConfig, folder: Path, words: Words | None = None) -> Sta
         trained=decoder.memory,
         speech=Speech.of(tokenizer),
         book=np.concatenate([tokenizer.encode(line, inside=True) for line in lines]),
-        words=words or words_of(texts),
+        words=words or _words(texts),
         phrases=load(config.phrases or FOLDER),
         save=lambda: save_memory(decoder.memory, layer, folder),
     )
+
+
+def _words(texts: Sequence[str]) -> Words:
+    """The words that fill facts. Raises ValueError for texts that have too few of them."""
+    words = words_of(texts)
+    if not words.names or not words.words:
+        raise ValueError("train.data: too little text: a whole book has the names and words to make facts of")
+    return words
 
 
 def spoken_samples(words: Words, phrases: PhraseBook, count: int) -> Iterator[str]:

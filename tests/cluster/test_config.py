@@ -77,7 +77,7 @@ def test_keys_are_never_shown() -> None:
         ("mode", "max", "mode: 'max' is not one of mac"),
         ("rule", "", "rule: '' is not one of sparse"),
         ("durability", "sync", "durability: 'sync' is not one of local"),
-        ("store", "redis://h:1/0", "store: no store for redis://; there are file://, s3://"),
+        ("store", "gopher://h:1/0", "store: no store for gopher://; there are file://, s3://"),
         ("store", "file://", "store: file:// names no path"),
         ("host", "0.0.0.0", "host: 0.0.0.0 can be reached from outside"),
         ("host", 5, "host: 5 is not text"),

@@ -11,7 +11,9 @@ import pytest
 from tests.foreign_model import foreign_folder
 from tests.system.server import Server, run
 from tests.tiny_model import TEXT
+from titanmem.corpus import read_text
 
+BOOK = Path(__file__).parents[2] / "examples" / "decline-and-fall.txt.xz"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600, method="signal")]
 
 
@@ -49,16 +51,18 @@ def test_a_checkpoint_is_served_without_a_memory_and_then_with_one(
     server.start()
     assert "titanmem train --model" in server.said(), "the start says which command adds a memory"
     assert chat(server, "Hello.")["titan"]["memory"] == "off"
-    refused = ingest(server)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "no_memory_weights")
+    unwritten = ingest(server)
+    assert (unwritten.status_code, unwritten.json()["error"]["code"]) == (409, "no_memory_weights")
     assert server.stop() == 0
 
+    train = ["train", "--model", str(checkpoint), *["--minutes", "0.02", "--skim-steps", "2", "--data"]]
     book = tmp_path / "book.txt"
-    names = [f"He said {a}{b} was away." for a in ("Mar", "Tel", "Sor") for b in ("ina", "ora", "ane", "eth")]
-    book.write_text("\n".join([*TEXT, *names * 5]))
-    trained = run(
-        "train", "--model", str(checkpoint), "--data", str(book), "--minutes", "0.02", "--threads", "2"
-    )
+    book.write_text("\n".join(TEXT))
+    refused = run(*train, str(book))
+    assert refused.code == 1
+    assert refused.err.splitlines()[-1].startswith("train.data: too little text")
+    book.write_text(read_text(BOOK)[:600_000])
+    trained = run(*train, str(book))
     assert trained.code == 0, trained.err
 
     server.start()
