@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,12 @@ import torch
 
 from tests.foreign_model import foreign_folder
 from tests.titanmem.test_training import WORDS
-from titanmem.checkpoint import decoder_hash
 from titanmem.corpus import read_text
-from titanmem.facts import FactMaker, Theme
 from titanmem.folder import load_decoder
-from titanmem.needles import Needle, hide
 from titanmem.phrasebook import FOLDER, load
-from titanmem.recall import Listener
 from titanmem.schedule import optimizers
 from titanmem.spec import MemorySpec
 from titanmem.start import beside, spoken_samples
-from titanmem.tokenizer import ChatTokenizer
 from titanmem.train import Trainer
 from titanmem.train_config import TrainConfig
 
@@ -43,7 +37,6 @@ PHRASES = """
 = {S} [eat|eats] {v} every day.
 ? Which fruit [do|does] {S} eat?
 """
-TOKENS, QUESTIONS, STEPS = 16_384, 20, 300
 
 
 @pytest.fixture(scope="module")
@@ -74,53 +67,6 @@ def config(checkpoint: Path, phrases: Path, text: str, minutes: float) -> TrainC
         out=checkpoint, model=checkpoint, data=(book,), phrases=phrases, memory=SPEC, minutes=minutes, tokens=128,
         spoken=6, silent=10, books=2, skim_steps=60,
     )  # fmt: skip
-
-
-def told_and_asked(phrases: Path) -> list[Needle]:
-    """Facts with values and pairs of subject and attribute that training never uses."""
-    book = load(phrases)
-    maker, found = FactMaker(WORDS, book, 3, heldout=True), {}
-    while len(found) < QUESTIONS:
-        fact = maker.make(Theme(attributes=book.attributes))
-        (told,), (asked,) = fact.statements, fact.questions
-        found[fact.key] = Needle(fact=told.replace("{v}", fact.value), question=asked, answer=fact.value)
-    return list(found.values())
-
-
-def recalled(folder: Path, phrases: Path, text: str) -> int:
-    """How many held-out facts of `QUESTIONS` come back after `TOKENS` tokens of a book that training never saw."""
-    tokenizer = ChatTokenizer(folder)
-    needles = told_and_asked(phrases)
-    book = tokenizer.encode(text[800_000:1_000_000])
-    told = [tokenizer.encode(f"\n{needle.fact}\n") for needle in needles]
-    tokens = hide(book, told, TOKENS, 10, random.Random(0))
-    with torch.no_grad():
-        listener = Listener(load_decoder(folder), tokenizer)
-        for start in range(0, TOKENS, 4096):
-            listener.read(tokens[start : start + 4096])
-        listener.rest()
-        replies = listener.ask([needle.question for needle in needles])
-    return sum(n.found_in(reply) for n, reply in zip(needles, replies, strict=True))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_recall_rises_from_nothing_and_the_checkpoint_stays(
-    checkpoint: Path, phrases: Path, text: str
-) -> None:
-    asked, before = config(checkpoint, phrases, text, 1.0), decoder_hash(checkpoint)
-    torch.manual_seed(0)
-    start = beside(asked, checkpoint, WORDS)
-    start.save()
-    assert recalled(checkpoint, phrases, text) <= 1
-    trainer = Trainer(asked, start)
-    for step in range(STEPS):  # by steps, not by the clock: a slow machine is no failure
-        trainer.spent_s = 60 * asked.minutes * step / STEPS
-        trainer.advance()
-    trainer.spent_s = 60 * asked.minutes
-    trainer.run(lambda figures: None)  # what is left: to learn to skim, and to save
-    assert decoder_hash(checkpoint) == before
-    assert recalled(checkpoint, phrases, text) >= 0.9 * QUESTIONS
 
 
 def test_only_the_memory_moves_and_a_run_goes_on(checkpoint: Path, phrases: Path, text: str) -> None:
