@@ -22,7 +22,7 @@ def understands(name: str, memory_layer: int) -> bool:
     if name.startswith("layers."):
         return int(name.split(".")[1]) < memory_layer
     return name.startswith(
-        ("embed_", "memory.lookahead.", "memory.query_", "memory.key_", "memory.around_", "memory.w1")
+        ("embed_", "memory.lookahead.", "memory.query_", "memory.around_", "memory.w1")
     )
 
 
@@ -42,7 +42,9 @@ def optimizers(decoder: Decoder, config: TrainConfig) -> list[torch.optim.Optimi
         if parameter.ndim == 2 and name.startswith(MATRICES):
             matrices.append({**group, "lr": config.matrix_lr})
         else:
-            others.append({**group, "lr": config.other_lr * scale.get(name, 1.0)})
+            # Weights of words start from nothing, and have few parameters to learn with.
+            faster = 3.0 if name.startswith(("memory.wording", "memory.reciting")) else scale.get(name, 1.0)
+            others.append({**group, "lr": config.other_lr * faster})
     muon = Muon(_joined(matrices), lr=config.matrix_lr)
     adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for optimizer in (muon, adam):

@@ -63,6 +63,7 @@ def from_scratch(config: TrainConfig, decoder_config: DecoderConfig, words: Word
         config.out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(path))
     decoder = initialised(decoder_config)
+    decoder.memory.spell(tokenizer.get_vocab())
     start = Start(
         decoder=decoder,
         trained=decoder,
@@ -87,6 +88,7 @@ def beside(config: TrainConfig, folder: Path, words: Words | None = None) -> Sta
     decoder = load_base(folder, config.memory, layer).requires_grad_(False)
     decoder.memory.requires_grad_(True)
     tokenizer = ChatTokenizer(folder)
+    decoder.memory.spell(tokenizer.vocabulary)
     lines = (line for text in texts for line in paragraphs(text))
     return Start(
         decoder=decoder,
@@ -145,10 +147,8 @@ def _taught(config: TrainConfig, folder: Path, start: Start, tokenizer: Tokenize
         sentences, places, embedding = file["sentences"].tolist(), file["places"], file["start"]
     with torch.no_grad():
         decoder.embed_tokens.weight[: len(embedding)] = torch.from_numpy(embedding)
-        # Keys begin as what the teacher says of the whole sentence; what stands just before comes later.
-        decoder.memory.key_proj.weight.mul_(0.05)
-        torch.nn.init.normal_(decoder.memory.around_proj.weight, std=0.02)
-    return Lessons(start.speech, sentences, places, decoder.config.memory.key_dim, config.seed)
+    sense = decoder.memory.query_proj.out_features
+    return Lessons(start.speech, sentences, places, sense, config.seed)
 
 
 def _sentences(config: TrainConfig, start: Start) -> Sequence[str]:
