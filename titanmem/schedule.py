@@ -29,7 +29,7 @@ def understands(name: str, memory_layer: int) -> bool:
 def optimizers(decoder: Decoder, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside layers and memory, AdamW for embeddings, head, norms and gates; what is frozen
     stays. Each group says in `later` how fast it goes once a teacher's lessons are no longer all there is."""
-    scale = {"embed_tokens.weight": 10.0, "lm_head.weight": 2.0}
+    scale = {"embed_tokens.weight": 10.0, "lm_head.weight": 2.0, "memory.wording.weight_V": 5.0}
     if config.teacher is not None:  # it has given the embeddings their places
         scale["embed_tokens.weight"] = 1.0
     matrices: list[dict[str, Any]] = []
@@ -42,9 +42,7 @@ def optimizers(decoder: Decoder, config: TrainConfig) -> list[torch.optim.Optimi
         if parameter.ndim == 2 and name.startswith(MATRICES):
             matrices.append({**group, "lr": config.matrix_lr})
         else:
-            # Weights of words start from nothing, and have few parameters to learn with.
-            faster = 3.0 if name.startswith(("memory.wording", "memory.reciting")) else scale.get(name, 1.0)
-            others.append({**group, "lr": config.other_lr * faster})
+            others.append({**group, "lr": config.other_lr * scale.get(name, 1.0)})
     muon = Muon(_joined(matrices), lr=config.matrix_lr)
     adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for optimizer in (muon, adam):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from titanmem.corpus import paragraphs, read_text, token_stream, train_tokenizer, words_of
 from titanmem.decoder import Decoder
@@ -73,6 +73,7 @@ def from_scratch(config: TrainConfig, decoder_config: DecoderConfig, words: Word
         phrases=phrases,
         save=lambda: save_decoder(decoder, config.out, tokenizer.to_str()),
     )
+    decoder.memory.wording.count(_counted(start))
     if config.teacher is not None:
         start.lessons = _taught(config, config.teacher, start, tokenizer)
     return start
@@ -90,7 +91,7 @@ def beside(config: TrainConfig, folder: Path, words: Words | None = None) -> Sta
     tokenizer = ChatTokenizer(folder)
     decoder.memory.spell(tokenizer.vocabulary)
     lines = (line for text in texts for line in paragraphs(text))
-    return Start(
+    start = Start(
         decoder=decoder,
         trained=decoder.memory,
         speech=Speech.of(tokenizer),
@@ -99,6 +100,15 @@ def beside(config: TrainConfig, folder: Path, words: Words | None = None) -> Sta
         phrases=load(config.phrases or FOLDER),
         save=lambda: save_memory(decoder.memory, layer, folder),
     )
+    decoder.memory.wording.count(_counted(start))
+    return start
+
+
+def _counted(start: Start) -> Tensor:
+    """Tokens whose frequency says how rare each is: the texts, and as much of what users say."""
+    said = spoken_samples(start.words, start.phrases, PHRASE_SAMPLES)
+    ids = [start.book, *(np.array(start.speech.ids(text)) for text in said)]
+    return torch.from_numpy(np.concatenate(ids).astype(np.int64))
 
 
 def _words(texts: Sequence[str]) -> Words:

@@ -53,9 +53,9 @@ class SparseMemory(SharedFeatures):
         self.skim = Skim(vocab_size)
         self.lookahead = Lookahead(width)
         self.around_proj = nn.Linear(WIDTH, sense, bias=False)
-        self.wording = Wording(width, spec.words_dim)
-        self.wording_scale = nn.Parameter(torch.tensor(1.0))
-        """Length of the words' half beside that of what is meant, at most."""
+        self.wording = Wording(width, vocab_size, spec.words_dim)
+        self.wording_scale = nn.Parameter(torch.tensor(0.8))
+        """Length of the words' half beside that of what is meant."""
         self.gate_in = nn.Linear(WIDTH, 64)
         self.gate_out = nn.Linear(64, 1)
         self.reciting = nn.Linear(width, 1)
@@ -105,7 +105,7 @@ class SparseMemory(SharedFeatures):
         if reciting_BT is None:
             reciting_BT = self.reciting_logit(hidden_BTE) > 0
         spelled_BT = self.spelling_V[tokens_BT]
-        words_BTL, sums_BTL = self.wording.asked(hidden_BTE, spelled_BT, past.words_BL)
+        words_BTL, sums_BTL = self.wording.asked(hidden_BTE, tokens_BT, spelled_BT, past.words_BL)
         query_BTD = self._joined(self.sense_asked(hidden_BTE, past.hidden_BCE), words_BTL)
         question_BTD = held(query_BTD, reciting_BT, past.question_BD)
         recited_BT = spelled_BT * reciting_BT
@@ -126,7 +126,7 @@ class SparseMemory(SharedFeatures):
         """
         spelled_BT = self.spelling_V[tokens_BT]
         about_BT = ~value_BT if valid_BT is None else valid_BT & ~value_BT
-        words_BTL = self.wording.told(around_BTU, spelled_BT, about_BT)
+        words_BTL = self.wording.told(around_BTU, tokens_BT, spelled_BT, about_BT)
         key_BTD = self._joined(unit_rms(self.around_proj(around_BTU)), words_BTL)
         goes_on_BT = value_BT & later(value_BT)
         key_BTD = held(key_BTD, goes_on_BT, key_BTD[:, 0])

@@ -25,7 +25,7 @@ from titanmem.lookahead import WIDTH
 SPACES = ("Ġ", "▁")
 """What a vocabulary writes for a space before a word."""
 _HEAD = 64
-_FORGET_MIN = -12.0
+_FORGET_MIN, _WEIGHT_MAX, _NEVER = -12.0, 8.0, 30.0
 
 
 def spaced(vocabulary: Mapping[str, int]) -> dict[int, int]:
@@ -48,47 +48,62 @@ def spellings(vocabulary: Mapping[str, int], size: int) -> Tensor:
 
 
 class Wording(nn.Module):
-    """Weights of words, for statements and for questions; the sums of their vectors are at most 1 long."""
+    """Weights of words, for statements and for questions; the sums of their vectors have length 1, or 0 for no words."""
 
-    def __init__(self, hidden_size: int, width: int) -> None:
+    def __init__(self, hidden_size: int, vocab_size: int, width: int) -> None:
         super().__init__()
         self.width = width
+        self.weight_V = nn.Parameter(torch.zeros(vocab_size))
+        """Logarithm of what each token weighs, wherever it stands."""
         self.told_query = nn.Linear(WIDTH, _HEAD, bias=False)
         self.told_key = nn.Linear(WIDTH, _HEAD, bias=False)
-        self.told_weight = nn.Linear(WIDTH, 1)
-        self.distance = nn.Parameter(torch.tensor(0.1))
+        self.told_weight = nn.Linear(WIDTH, 1, bias=False)
+        self.distance = nn.Parameter(torch.tensor(-2.0))
         """How fast words further away lose weight, per token."""
-        self.asked_weight = nn.Linear(hidden_size, 1)
+        self.asked_weight = nn.Linear(hidden_size, 1, bias=False)
         self.asked_keep = nn.Linear(hidden_size, 1)
-        for weight in (self.told_weight.weight, self.asked_weight.weight, self.asked_keep.weight):
-            nn.init.zeros_(weight)
-        nn.init.zeros_(self.told_weight.bias)
-        nn.init.zeros_(self.asked_weight.bias)
+        for layer in (self.told_weight, self.asked_weight, self.asked_keep):
+            nn.init.zeros_(layer.weight)
         nn.init.constant_(self.asked_keep.bias, 3.0)
+
+    @torch.no_grad()
+    def count(self, tokens_N: Tensor) -> None:
+        """Start weights by how rare tokens are in some text, as the square root of inverse frequency.
+
+        What no text has are control tokens, which stand in every conversation: they weigh nothing.
+        """
+        often_V = torch.bincount(tokens_N, minlength=len(self.weight_V)).float()
+        self.weight_V.copy_(0.5 * (often_V.mean().log1p() - often_V.log1p()))
+        self.weight_V[often_V == 0] = -_NEVER
 
     def vectors(self, spelled_BT: Tensor) -> Tensor:
         """A vector of length 1 for each spelling, [B, T, L]."""
         return signs(spelled_BT, self.width) * self.width**-0.5
 
-    def told(self, around_BTU: Tensor, spelled_BT: Tensor, about_BT: Tensor) -> Tensor:
+    def told(self, around_BTU: Tensor, tokens_BT: Tensor, spelled_BT: Tensor, about_BT: Tensor) -> Tensor:
         """Words around each token, [B, T, L]; those where `about_BT` is 0, values and padding, do not count."""
         score = self.told_query(around_BTU) @ self.told_key(around_BTU).transpose(1, 2) * _HEAD**-0.5
         places = torch.arange(score.shape[1], device=score.device)
         away = (places[:, None] - places).abs() * F.softplus(self.distance)
-        weight_BTT = torch.sigmoid(score + self.told_weight(around_BTU).transpose(1, 2) - away)
-        return _bounded((weight_BTT * about_BT[:, None]) @ self.vectors(spelled_BT))
+        weight_BT = self.weight_V[tokens_BT] + self.told_weight(around_BTU)[..., 0]
+        weight_BTT = (score + weight_BT[:, None] - away).softmax(-1) * about_BT[:, None]
+        return _unit(weight_BTT @ self.vectors(spelled_BT))
 
-    def asked(self, hidden_BTE: Tensor, spelled_BT: Tensor, before_BL: Tensor) -> tuple[Tensor, Tensor]:
+    def asked(
+        self, hidden_BTE: Tensor, tokens_BT: Tensor, spelled_BT: Tensor, before_BL: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Words up to each token, [B, T, L], and the sums that the recurrence goes on with, [B, T, L]."""
         keep = F.logsigmoid(self.asked_keep(hidden_BTE)[..., 0]).clamp_min(_FORGET_MIN).cumsum(1)
         tokens = keep.shape[1]
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=keep.device).tril()
         decay_BTT = (keep[:, :, None] - keep[:, None]).masked_fill(~causal, float("-inf")).exp()
-        weight_BT = torch.sigmoid(self.asked_weight(hidden_BTE)[..., 0])
+        weight_BT = self.weight_V[tokens_BT] + self.asked_weight(hidden_BTE)[..., 0]
+        weight_BT = weight_BT.clamp(max=_WEIGHT_MAX).exp()
         sums = (decay_BTT * weight_BT[:, None]) @ self.vectors(spelled_BT)
         sums = sums + keep.exp()[..., None] * before_BL[:, None]
-        return _bounded(sums), sums
+        return _unit(sums), sums
 
 
-def _bounded(x: Tensor) -> Tensor:
-    return x * (1.0 + x.square().sum(-1, keepdim=True)).rsqrt()
+def _unit(x: Tensor) -> Tensor:
+    """Length 1; what is next to nothing stays so."""
+    return x * (x.square().sum(-1, keepdim=True) + 1e-8).rsqrt()
