@@ -57,7 +57,7 @@ class Journal:
     """One database file, one process. `clock` gives seconds since the epoch.
 
     Raises `JournalCorrupt` for a damaged file, `JournalError` for one that another process has open or that
-    is no journal. Futures fail with `JournalFull` past `bytes_max`, with `JournalError` once it failed.
+    is no journal. Futures fail with `JournalFull` past `bytes_max`, with `JournalFailed` once the disk failed.
     """
 
     def __init__(
