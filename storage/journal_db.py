@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x5454414E
 WAL_BYTES_KEPT = 64 << 20
 _MOVE_AWAY = (
-    "Move it and its -wal away and start again: each user goes on from the newest version in the store. "
+    "Move it away, with its -wal, and start again: each user goes on from the newest version in the store. "
     "`sqlite3 FILE .recover` may save what can still be read."
 )
 

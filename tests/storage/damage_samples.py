@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def _journal_sample(folder: Path, name: str, which: str) -> Sample:
     """A journal as a killed process leaves it (`which` "-wal"), or as a closed one does ("")."""
     path, kept = folder / "shard.journal", folder / "kept"
     journal = Journal(path)
-    states = [_contents(_copied(path, folder / f"after-{number}")) for number, _ in enumerate(_fill(journal))]
+    groups = itertools.chain([None], _fill(journal))
+    states = [_contents(_copied(path, folder / f"after-{number}")) for number, _ in enumerate(groups)]
     if which:
         _copied(path, kept)
         journal.close()
