@@ -180,7 +180,7 @@ class Journal:
         try:
             with self._read_lock:
                 return self._reader.execute(sql, values).fetchall()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise journal_db.translate(self.path, error) from error
 
     def _check_order(self, db: sqlite3.Connection, segment: Segment) -> None:

@@ -39,10 +39,11 @@ PRAGMA user_version = {SCHEMA_VERSION};
 _TWICE = "CREATE INDEX IF NOT EXISTS updates_twice ON updates (owner, update_id, outcome, at)"
 
 
-def translate(path: Path, error: sqlite3.Error) -> JournalError:
-    """Our error for an SQLite error, naming the file and what to do."""
+def translate(path: Path, error: sqlite3.Error | UnicodeDecodeError) -> JournalError:
+    """Our error for one of SQLite or for text that is none, naming the file and what to do."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    damaged = isinstance(error, UnicodeDecodeError)
+    if damaged or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return JournalCorrupt(
             f"{path}: the journal is damaged: {error}. {_MOVE_AWAY}",
             path=str(path),
@@ -109,7 +110,7 @@ def open_writer(path: Path) -> sqlite3.Connection:
     except BaseException as error:
         if db is not None:
             db.close()
-        if isinstance(error, sqlite3.Error):
+        if isinstance(error, (sqlite3.Error, UnicodeDecodeError)):
             raise translate(path, error) from error
         if isinstance(error, OSError):
             raise JournalError(

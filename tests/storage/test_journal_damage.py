@@ -147,6 +147,19 @@ def test_every_value_of_an_update_is_checked_at_a_start(path: Path, word: bytes)
     assert chunks(path) == [1]
 
 
+def test_text_that_is_no_text_is_damage(path: Path) -> None:
+    """A flipped bit in the schema, for one: SQLite's own report of it can not be decoded."""
+    journal = Journal(path)
+    journal.append(make_segment(1)).result()
+    journal.close()
+    data = bytearray(path.read_bytes())
+    at = data.index(b"updates_twice")
+    data[at + 3] |= 0x80
+    path.write_bytes(data)
+    with pytest.raises(JournalError):
+        chunks(path)
+
+
 def test_journals_of_before_the_second_place_are_taken(path: Path) -> None:
     journal = Journal(path)
     journal.append(make_segment(1)).result()
