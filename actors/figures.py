@@ -28,6 +28,9 @@ class Figures:
         self.rollbacks = self._counter(
             "titan:rollbacks", "Memories taken back to an older version.", "reason"
         )
+        self.lost_chunks = self._counter(
+            "titan:lost_chunks", "Acknowledged chunks that neither a version nor the journal holds.", "cause"
+        )
         self.store_errors = self._counter("titan:store_errors", "Calls of the store that failed.", "op")
         self.consolidations = self._counter(
             "titan:consolidations", "Consolidations of users who rest.", "outcome"

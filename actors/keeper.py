@@ -215,11 +215,11 @@ class MemoryKeeper:
 
     async def _replace(self, resident: Resident, memory: Memory) -> None:
         """Another memory into this slot as a new version; what the journal holds now belongs to the old one."""
-        version, chunk, seen = resident.memory_version, resident.journaled_chunk_id, resident.seen
-        stored = resident.stored_version
+        version, stored = resident.memory_version, resident.stored_version
+        chunk, seen = resident.journaled_chunk_id, resident.seen
         await asyncio.to_thread(self.roster.vault.restore, memory, resident, self.roster.slab)
         resident.memory_version = max(version, memory.memory_version) + 1
-        resident.last_chunk_id = resident.journaled_chunk_id = max(chunk, memory.last_chunk_id)
+        resident.last_chunk_id = resident.journaled_chunk_id = max(chunk, memory.last_chunk_id) + 1
         resident.stored_version, resident.stored_chunk_id = stored, 0
         resident.seen.update(seen)
         await self.roster.store(resident)
@@ -271,25 +271,20 @@ class MemoryKeeper:
 
     async def snapshot_part(self, snapshot_id: str, target_url: str, include_model: bool) -> dict[str, Any]:
         """This shard's part of a cold backup: each user at its newest version, with θ_F once if asked."""
-        await self._activate_pending()
+        if self._remembers:
+            await self.roster.activate_pending()
         await self.flush()
-        store = self.roster.vault.store
+        vault = self.roster.vault
 
         def write() -> dict[str, Any]:
             part = write_part(
                 open_objects(target_url), snapshot_id, shard=self.options.shard, epoch=self.options.epoch,
                 model_dir=Path(self.options.model) if include_model else None,
-                memories=(store.get_bytes(key) for key in store.users() if self.owns(key)),
+                memories=filter(None, map(vault.resting, filter(self.owns, vault.store.users()))),
             )  # fmt: skip
-            return part.to_dict()
+            return {**part.to_dict(), "base": vault.layout.base}
 
-        return {**await asyncio.to_thread(write), "base": self.roster.vault.layout.base}
-
-    async def _activate_pending(self) -> None:
-        """Users whose newest tokens are in the journal only come in, so that they can be stored."""
-        for key in self.roster.journal.users_pending() if self._remembers else ():
-            async with self.roster.turn(key):
-                pass
+        return await asyncio.to_thread(write)
 
     async def stats(self) -> dict[str, Any]:
         """Load of this shard, for the coordinator and the console."""

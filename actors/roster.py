@@ -21,9 +21,18 @@ import xxhash
 from actors.errors import QueueFull
 from actors.figures import Figures
 from actors.slab import Resident, Slab
-from actors.vault import Vault
+from actors.vault import Found, Vault
 from actors.writer import SlotWriter
-from storage.errors import Fenced, Forgotten, StoreError, TitanmemError
+from storage.errors import (
+    BadMemoryFile,
+    Fenced,
+    Forgotten,
+    JournalCorrupt,
+    JournalError,
+    StoreError,
+    StoreUnfit,
+    TitanmemError,
+)
 from storage.journal import Journal
 from storage.memory import SEEN_MAX
 from storage.names import UserKey
@@ -108,14 +117,23 @@ class Roster:
             resident = self.slab.place(key)
             resident.users += 1
         try:
-            newest, listed = await self._in_store_pool(self.vault.newest, key)
-            if newest is not None:
-                self.vault.restore(newest, resident, self.slab)
+            found: Found = await self._in_store_pool(self.vault.newest, key)
+            if found.memory is not None:
+                self.vault.restore(found.memory, resident, self.slab)
             for value in self.journal.seen(key):
                 self._remember(resident, value)
-            for segment in self.journal.pending(key, resident.last_chunk_id):
+            pending = self.journal.pending(key, resident.last_chunk_id)
+            if found.problem is not None and (not pending or pending[0].first_chunk_id > 1):
+                raise found.problem
+            for segment in pending:
+                self._report_gap(resident, segment.first_chunk_id - 1)
                 resident.journaled_chunk_id = segment.last_chunk_id
                 await self.fold(resident, segment)
+            self._report_gap(resident, found.listed_chunk_id)
+            resident.last_chunk_id = resident.journaled_chunk_id = max(
+                resident.last_chunk_id, found.listed_chunk_id
+            )
+            listed = found.listed_version
             # A damaged newest version keeps its number: what was rebuilt beside it becomes a newer one.
             resident.memory_version = max(
                 resident.memory_version, listed + 1 if resident.stored_version < listed else 0
@@ -126,6 +144,28 @@ class Roster:
             raise
         resident.users -= 1
         return resident
+
+    async def activate_pending(self) -> None:
+        """Users whose newest tokens are in the journal only come in, so that they can be stored.
+
+        One whose memory or journal is damaged is logged: the others come in all the same.
+        """
+        for key in self.journal.users_pending():
+            try:
+                async with self.turn(key):
+                    pass
+            except (BadMemoryFile, StoreUnfit, JournalCorrupt) as error:
+                logger.error("%s can not come in: %s", key, error)
+
+    def _report_gap(self, resident: Resident, reached: int) -> None:
+        """Say it when chunks up to `reached` were acknowledged, and neither a version nor the journal has them."""
+        lost = reached - resident.last_chunk_id
+        if lost > 0:
+            self._figures.lost_chunks.add("damage", lost)
+            logger.error(
+                "%s: chunks %d to %d are lost: no readable version holds them, nor does the journal any more; a "
+                "snapshot may (`titanmem snapshot restore`)", resident.key, resident.last_chunk_id + 1, reached,
+            )  # fmt: skip
 
     async def _evict_one(self) -> None:
         """Store and release whoever has rested longest; raises QueueFull when everybody is being served."""
@@ -250,7 +290,10 @@ class Roster:
         resident.stored_version, resident.tokens_since_stored = version, 0
         before, resident.stored_chunk_id = resident.stored_chunk_id, chunk
         if before:
-            await asyncio.wrap_future(self.journal.trim(resident.key, before))
+            try:
+                await asyncio.wrap_future(self.journal.trim(resident.key, before))
+            except JournalError as error:  # stored it is: the next version's trim takes these segments too
+                logger.warning("%s: the journal keeps what is stored, for now: %s", resident.key, error)
         return True
 
     def _put(self, resident: Resident) -> None:
@@ -263,12 +306,22 @@ class Roster:
             self.vault.put(image)
 
     async def flush(self, idle_s: float = 0.0) -> int:
-        """Store all residents whose user has been idle for `idle_s`; how many were stored."""
-        stored = 0
+        """Store all residents whose user has been idle for `idle_s`; how many were stored.
+
+        One who can not be stored does not keep the others from it: the first such StoreError is raised at the end.
+        """
+        stored, problem = 0, None
         for resident in self.slab.residents():
             if resident.dirty and self.idle_s(resident) >= idle_s:
-                async with self.turn(resident.key, upkeep=True) as current:
-                    stored += await self.store(current)
+                try:
+                    async with self.turn(resident.key, upkeep=True) as current:
+                        stored += await self.store(current)
+                except StoreError as error:
+                    if isinstance(error, Fenced):
+                        raise
+                    problem = problem or error
+        if problem is not None:
+            raise problem
         return stored
 
     async def close(self) -> None:

@@ -24,7 +24,7 @@ from actors.handover import LOCK_WAIT_S, wait_until_free
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from actors.options import ShardOptions
 from actors.ownership import Gate, confirm
-from storage.errors import Fenced
+from storage.errors import Fenced, JournalFailed
 from storage.names import UserKey, bucket_of
 from storage.store import open_store
 from titanmem import tracing
@@ -252,7 +252,7 @@ class MemoryShard:
             result = await work
             await self._confirm()
             return result
-        except Fenced as error:
+        except (Fenced, JournalFailed) as error:
             self._noticed(error)
             raise
 
@@ -261,11 +261,14 @@ class MemoryShard:
         await self._gate.confirm()
 
     def _noticed(self, error: BaseException) -> None:
-        """A fenced shard serves nobody from here on, and ends as soon as its answer is out."""
-        if isinstance(error, Fenced) and self._fence is None:
+        """A fenced shard serves nobody from here on, and ends as soon as its answer is out.
+
+        So does one whose journal failed: only a start that reads it back knows what is on the disk.
+        """
+        if isinstance(error, (Fenced, JournalFailed)) and self._fence is None:
             self._fence = error
-            self._state = "fenced"
-            log.warning("%s is fenced and ends: %s", self._shard, error)
+            self._state = "fenced" if isinstance(error, Fenced) else "stopped"
+            log.warning("%s is %s and ends: %s", self._shard, self._state, error)
             asyncio.get_running_loop().call_later(FENCED_EXIT_S, self._leave)
 
     async def _here(self, work: Coroutine[Any, Any, T]) -> T:

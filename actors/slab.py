@@ -69,7 +69,7 @@ class Resident:
     """What is kept of all that was written."""
     memory_version: int = 0
     last_chunk_id: int = 0
-    """Last chunk folded into the slot."""
+    """Last chunk folded into the slot. A rollback or an import takes an id too: its loss shows as a gap."""
     journaled_chunk_id: int = 0
     """Last chunk in the journal: a turn's last chunk is journalled before it is folded."""
     tokens_seen: int = 0

@@ -1,25 +1,39 @@
 """A user's way to and from rest: newest valid version out of the store, a resident's state into a new one.
 
 The journal keeps what the newest *two* stored versions do not both hold, so that a newest version that turns out
-damaged costs nothing: the one before it and the journal give the same memory.
+damaged costs nothing: the one before it and the journal give the same memory. Where more than that is damaged, `Found`
+says how far it went, and whoever replays the journal sees what is missing.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
 
 from actors.slab import Resident, Slab
-from storage.errors import CorruptIndex, NoSuchMemory, WrongBase
+from storage.errors import (
+    BadMemoryFile,
+    CorruptIndex,
+    NoSuchMemory,
+    StoreUnfit,
+    VersionConflict,
+    WrongBase,
+)
+from storage.head import VersionInfo
 from storage.memory import SEEN_MAX, Memory, Replay
 from storage.names import UserKey
 from storage.store import MemoryStore
+from storage.titanmem import encode
 from titanmem.reservoir import Reservoir
 from titanmem.spec import MemorySpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +54,20 @@ class Layout:
         return cls(shape=shape, offset=offset, rule=spec.rule, base=base, vocabulary=vocabulary)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What the store has of a user."""
+
+    memory: Memory | None = None
+    """The newest version that can be read; None if the user has none."""
+    problem: BadMemoryFile | None = None
+    """Why there is none although there are versions: then only a journal that begins at chunk 1 will do."""
+    listed_version: int = 0
+    """Number of the newest version, readable or not."""
+    listed_chunk_id: int = 0
+    """Last chunk that it or a damaged one held."""
+
+
 class Vault:
     """Loads and stores memories of one shard under its epoch. Blocking; called in a thread."""
 
@@ -49,26 +77,73 @@ class Vault:
         self.store, self.layout, self.epoch = store, layout, epoch
         self._on_damage = on_damage
 
-    def newest(self, key: UserKey) -> tuple[Memory | None, int]:
-        """The newest version that can be read, None if the user has none; and the newest number that is listed.
+    def newest(self, key: UserKey) -> Found:
+        """The newest version that can be read, and how far damaged ones before it went.
 
-        A damaged version is reported and the one before it taken. Raises its error when no version can be read, and
-        WrongBase when the newest belongs to another model: an older one would be an older memory, not a better one.
+        A damaged version is reported and the one before it taken; a HEAD that is damaged or gone is made anew from the
+        versions. Raises WrongBase when the newest belongs to another model: an older one would be an older memory, not
+        a better one.
         """
-        versions = self.store.versions(key)
+        try:
+            versions = self._listed(key)
+        except BadMemoryFile as error:
+            return Found(problem=error)
         if not versions:
-            return None, 0
+            return Found()
+        memory: Memory | None = None
+        problem: BadMemoryFile | None = None
         try:
             memory, problems = self.store.newest_valid(
                 key, expect_base=self.layout.base, expect_shape=self.layout.shape
             )
         except NoSuchMemory:  # erased in between
-            return None, 0
-        for problem in problems:
-            if isinstance(problem, WrongBase):
-                raise problem
-            self._on_damage(type(problem).__name__)
-        return memory, versions[0].version
+            return Found()
+        except WrongBase:
+            raise
+        except BadMemoryFile as error:
+            problem, problems = error, [error]
+        for bad in problems:
+            if isinstance(bad, WrongBase):
+                raise bad
+            self._on_damage(type(bad).__name__)
+        held = memory.memory_version if memory is not None else 0
+        reach = max((info.last_chunk_id for info in versions if info.version >= held), default=0)
+        return Found(
+            memory=memory, problem=problem, listed_version=versions[0].version, listed_chunk_id=reach
+        )
+
+    def _listed(self, key: UserKey) -> list[VersionInfo]:
+        why: object = "it is gone"
+        try:
+            versions = self.store.versions(key)
+            if versions or not self.store.has_lost_head(key):
+                return versions
+        except StoreUnfit as error:
+            why = error
+        self._report_head(key, why)
+        return self.store.rebuild_head(key, epoch=self.epoch)
+
+    def resting(self, key: UserKey) -> bytes | None:
+        """The file of the newest readable version, for a backup; None, and reported, when there is none.
+
+        One user's damage must not keep all others out of the backup.
+        """
+        try:
+            return self.store.get_bytes(key)
+        except NoSuchMemory:  # erased in between
+            return None
+        except (BadMemoryFile, StoreUnfit) as error:
+            logger.error("%s: not as it was stored, and backed up from an older version: %s", key, error)
+        try:
+            found = self.newest(key)
+            if found.memory is not None:
+                return encode(found.memory)
+            why: object = found.problem
+        except (BadMemoryFile, StoreUnfit) as error:
+            why = error
+        self._on_damage("backup")
+        logger.error("%s is left out of the backup: %s", key, why)
+        return None
 
     def version(self, key: UserKey, version: int) -> Memory:
         """One stored version; NoSuchMemory or the file's own error."""
@@ -135,7 +210,26 @@ class Vault:
 
     def put(self, memory: Memory) -> None:
         """Make a memory the newest stored version; Fenced when a newer epoch has written."""
-        self.store.put(memory, epoch=self.epoch)
+        try:
+            self._put(memory)
+        except StoreUnfit as error:
+            self._report_head(memory.key, error)
+            with suppress(BadMemoryFile):  # this version is better than those that are bad
+                self.store.rebuild_head(memory.key, epoch=self.epoch)
+            self._put(memory)
+
+    def _put(self, memory: Memory) -> None:
+        try:
+            self.store.put(memory, epoch=self.epoch)
+        except VersionConflict:
+            # A write whose outcome was not known has landed: under one epoch a version is written by one writer, once.
+            newest = next(iter(self.store.versions(memory.key)), None)
+            if newest is None or (newest.version, newest.epoch) != (memory.memory_version, self.epoch):
+                raise
+
+    def _report_head(self, key: UserKey, why: object) -> None:
+        logger.error("%s: HEAD is made anew from the versions that are there: %s", key, why)
+        self._on_damage("HEAD")
 
 
 def _replay(reservoir: Reservoir) -> Replay | None:

@@ -61,6 +61,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     storage_errors.StoreUnavailable: Problem(503, SERVER, "store_unavailable"),
     storage_errors.StoreUnfit: Problem(503, SERVER, "store_unfit"),
     storage_errors.JournalFull: Problem(503, SERVER, "journal_full"),
+    storage_errors.JournalFailed: Problem(503, SERVER, "journal_failed"),
     storage_errors.NoSuchSnapshot: Problem(404, REQUEST, "no_such_snapshot"),
     storage_errors.StoreNotEmpty: Problem(409, REQUEST, "store_not_empty"),
 }

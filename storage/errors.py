@@ -21,6 +21,7 @@
     ├── Forgotten              the user has been erased and may not come back by a restore
     ├── JournalError
     │   ├── JournalFull        journal_bytes_max is reached
+    │   ├── JournalFailed      the disk refused a write: nothing more is taken before the next start
     │   └── JournalCorrupt     the database is damaged
     └── SnapshotError
         ├── NoSuchSnapshot
@@ -185,6 +186,10 @@ class JournalError(TitanmemError):
 
 class JournalFull(JournalError):
     """`bytes_max` of the journal is reached; nothing was appended."""
+
+
+class JournalFailed(JournalError):
+    """The disk failed in a write; what of it is there is not known before the journal is opened anew."""
 
 
 class JournalCorrupt(JournalError):

@@ -30,6 +30,8 @@ class VersionInfo:
     pinned: bool = False
     hash: str = ""
     """xxh3-128 of the file."""
+    last_chunk_id: int = 0
+    """Last chunk that it holds: should it be lost, this says how far it went; 0 in HEADs of before that was kept."""
 
     @property
     def file(self) -> str:
@@ -116,15 +118,25 @@ class Head:
             }
             for info in self.versions
         ]
-        return {"epoch": self.epoch, "versions": lines, "dropped": list(self.dropped)}
+        # Beside the lines, where a release that does not know of them passes over them.
+        chunks = [info.last_chunk_id for info in self.versions]
+        return {"epoch": self.epoch, "versions": lines, "dropped": list(self.dropped), "last_chunks": chunks}
 
     @classmethod
     def from_record(cls, record: dict[str, Any], name: str) -> Head:
         """Raises `StoreUnfit` when the record is no HEAD."""
         try:
+            lines = record["versions"]
+            chunks = record.get("last_chunks", [0] * len(lines))
             versions = tuple(
-                VersionInfo(**{**line, "created_at": datetime.fromisoformat(line["created_at"])})
-                for line in record["versions"]
+                VersionInfo(
+                    **{
+                        **line,
+                        "created_at": datetime.fromisoformat(line["created_at"]),
+                        "last_chunk_id": chunk,
+                    }
+                )
+                for line, chunk in zip(lines, chunks, strict=True)
             )
             return cls(epoch=int(record["epoch"]), versions=versions, dropped=tuple(record["dropped"]))
         except (KeyError, TypeError, ValueError) as error:

@@ -57,7 +57,7 @@ class Journal:
     """One database file, one process. `clock` gives seconds since the epoch.
 
     Raises `JournalCorrupt` for a damaged file, `JournalError` for one that another process has open or that
-    is no journal. Futures fail with `JournalFull` past `bytes_max`, with `JournalError` once it failed.
+    is no journal. Futures fail with `JournalFull` past `bytes_max`, with `JournalFailed` once the disk failed.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Journal:
         try:
             with self._read_lock:
                 return self._reader.execute(sql, values).fetchall()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise journal_db.translate(self.path, error) from error
 
     def _check_order(self, db: sqlite3.Connection, segment: Segment) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from storage.disk import flush_folder
 from storage.errors import JournalCorrupt, JournalError, JournalFull
+from storage.journal_wal import check_wal
 
 SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x5454414E
 WAL_BYTES_KEPT = 64 << 20
 _MOVE_AWAY = (
-    "Move it away and start again: each user goes on from the newest version in the store. "
+    "Move it away, with its -wal, and start again: each user goes on from the newest version in the store. "
     "`sqlite3 FILE .recover` may save what can still be read."
 )
 
@@ -33,12 +34,16 @@ CREATE TABLE seen (
 PRAGMA application_id = {_APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+# So that each value of `updates` stands in two places, as the unique keys have it for the other tables (the rest of a
+# segment has a CRC32): where they differ, the check of a start finds it.
+_TWICE = "CREATE INDEX IF NOT EXISTS updates_twice ON updates (owner, update_id, outcome, at)"
 
 
-def translate(path: Path, error: sqlite3.Error) -> JournalError:
-    """Our error for an SQLite error, naming the file and what to do."""
+def translate(path: Path, error: sqlite3.Error | UnicodeDecodeError) -> JournalError:
+    """Our error for one of SQLite or for text that is none, naming the file and what to do."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    damaged = isinstance(error, UnicodeDecodeError)
+    if damaged or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return JournalCorrupt(
             f"{path}: the journal is damaged: {error}. {_MOVE_AWAY}",
             path=str(path),
@@ -82,35 +87,56 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
 
 
 def open_writer(path: Path) -> sqlite3.Connection:
-    """Opens the database, recovers it, checks it, makes the tables if it is new.
+    """Opens the database, recovers it, checks it; makes it if there is none.
 
     Raises `JournalCorrupt` when it is damaged, `JournalError` when it is not a journal that we can read.
     """
-    is_new = not path.exists() or path.stat().st_size == 0
     db = None
     try:
+        check_wal(path, _MOVE_AWAY)
+        if not path.exists():
+            _create(path)
+        if path.stat().st_size == 0:
+            raise JournalCorrupt(f"{path}: the journal is empty, and never was. {_MOVE_AWAY}", path=str(path))
         db = connect(path)
         db.execute("PRAGMA secure_delete = ON")
-        if is_new:
-            os.chmod(path, 0o600)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_KEPT}")
         _check_content(path, db)
+        db.execute(_TWICE)
         flush_folder(path.parent)
         return db
-    except sqlite3.Error as error:
+    except BaseException as error:
         if db is not None:
             db.close()
-        raise translate(path, error) from error
-    except BaseException:
-        if db is not None:
-            db.close()
+        if isinstance(error, (sqlite3.Error, UnicodeDecodeError)):
+            raise translate(path, error) from error
+        if isinstance(error, OSError):
+            raise JournalError(
+                f"{path}: can not open the journal: {error.strerror}", path=str(path)
+            ) from error
         raise
 
 
+def _create(path: Path) -> None:
+    """A new journal, whole before it has its name: one without tables is a damaged one."""
+    new = Path(f"{path}.new")
+    for left in (new, Path(f"{new}-journal")):
+        left.unlink(missing_ok=True)
+    os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    db = sqlite3.connect(new, isolation_level=None)
+    try:
+        db.execute("PRAGMA synchronous = FULL")
+        db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {_TWICE}; COMMIT;")
+    finally:
+        db.close()
+    os.replace(new, path)
+    flush_folder(path.parent)
+
+
 def _check_content(path: Path, db: sqlite3.Connection) -> None:
-    found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if found != "ok":
         raise JournalCorrupt(
             f"{path}: the journal is damaged: {found}. {_MOVE_AWAY}",
@@ -120,10 +146,10 @@ def _check_content(path: Path, db: sqlite3.Connection) -> None:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if not tables:
-        db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
-    elif application != _APPLICATION_ID:
+        raise JournalCorrupt(f"{path}: the journal has lost its tables. {_MOVE_AWAY}", path=str(path))
+    if application != _APPLICATION_ID:
         raise JournalError(f"{path}: this SQLite database is not a journal of titanmem", path=str(path))
-    elif version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION:
         raise JournalError(
             f"{path}: version of the journal: expected {SCHEMA_VERSION}, found {version}. "
             "Start the release of titanmem that wrote it.",

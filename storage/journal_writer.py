@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from storage import journal_db
-from storage.errors import JournalError, JournalFull
+from storage.errors import JournalError, JournalFailed, JournalFull
 
 GROUP_MAX = 256
 
@@ -86,7 +86,7 @@ class JournalWriter:
         if self._closed:
             return JournalError(f"{path}: the journal is closed", path=path)
         if self._failure:
-            return JournalError(f"{path}: the disk has failed: {self._failure}", path=path)
+            return JournalFailed(f"{path}: the disk has failed: {self._failure}", path=path)
         if size and held + size > self._bytes_max:
             return JournalFull(
                 f"{path}: the journal holds {held} of at most {self._bytes_max} bytes: the store took no "
@@ -122,6 +122,7 @@ class JournalWriter:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
                 # After a failed flush nobody knows which pages are on the disk: stop; the start replays.
                 self._failure = str(error)
+                problem = JournalFailed(f"{self._path}: {error}", path=str(self._path))
             _log.error("the journal can not be written: %s", problem)
             answers = [(work, None, problem) for work in live]
         with self._lock:

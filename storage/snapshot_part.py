@@ -152,9 +152,12 @@ class PartReader:
         for group in range(self._file.num_row_groups):
             yield from self.load(group).rows()
 
-    def load(self, group: int) -> Group:
-        """One row group, in memory."""
+    def load(self, group: int, bytes_max: int | None = None) -> Group:
+        """One row group, in memory; refused before it is read when it says that it unpacks to more."""
         with self.reporting():
+            declared = self._file.metadata.row_group(group).total_byte_size
+            if bytes_max is not None and declared > bytes_max:
+                raise ValueError(f"row group {group}: {declared} bytes: expected at most {bytes_max}")
             return Group(
                 self, self._file.read_row_group(group, columns=["kind", "name", "meta", "crc32", "data"])
             )

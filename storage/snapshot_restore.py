@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -17,14 +18,18 @@ from storage.errors import (
     StoreNotEmpty,
     StoreUnfit,
 )
+from storage.head import VersionInfo
 from storage.names import UserKey
 from storage.objects import Objects
 from storage.snapshot_manifest import Manifest, PartInfo, read_manifest
 from storage.snapshot_model import assemble
-from storage.snapshot_part import Row, UserRow, open_part
-from storage.snapshot_verify import PROBLEMS_SHOWN_MAX, Progress
+from storage.snapshot_part import GROUP_BYTES, Row, UserRow, open_part
+from storage.snapshot_verify import PROBLEMS_SHOWN_MAX, Progress, check_file
 from storage.store import MemoryStore
-from storage.titanmem import decode
+from storage.titanmem import TITANMEM_BYTES_MAX, decode
+
+USER_GROUP_BYTES_MAX = GROUP_BYTES + TITANMEM_BYTES_MAX + (1 << 20)
+"""A row group is closed once it has GROUP_BYTES: the largest memory may come on top, and the other columns."""
 
 
 def restore(
@@ -53,6 +58,8 @@ def restore(
         _check_empty(store, tenant)
     chosen = _choose(target, manifest, user, tenant)
     if user is not None and not chosen:
+        for part in manifest.parts:
+            check_file(target, part)  # a damaged directory of a part would hide the user as well
         raise NoSuchMemory(f"{snapshot_id}: this snapshot has no memory of {user}", key=str(user))
     report = _Restored(total=len(chosen))
     for part in manifest.parts:
@@ -120,7 +127,13 @@ def _choose(
     chosen: dict[UserKey, tuple[str, UserRow]] = {}
     for part in manifest.parts:
         with open_part(target, part.name) as reader:
-            for row in reader.users(user):
+            rows = list(reader.users(user))
+            if user is None and len(rows) != part.users:
+                raise SnapshotDamaged(
+                    f"{part.name}: expected {part.users} users, found {len(rows)}; nothing was restored",
+                    part=part.name,
+                )
+            for row in rows:
                 if tenant is not None and row.key.tenant != tenant:
                     continue
                 best = chosen.get(row.key)
@@ -142,7 +155,7 @@ def _restore_part(
     with open_part(target, part.name) as reader:
         for number, rows in sorted(wanted.items()):
             try:
-                group = reader.load(number)
+                group = reader.load(number, USER_GROUP_BYTES_MAX)
             except SnapshotDamaged as error:
                 report.failed += [f"{row.key}: {error}" for row in rows]
                 continue
@@ -165,10 +178,12 @@ def _restore_user(
     if forgotten_at is not None and (memory.created_at <= forgotten_at or store.tombstone(key)):
         report.forgotten.append(str(key))
         return
+    versions: list[VersionInfo] = []
     try:
         versions = store.versions(key)
     except StoreUnfit:
-        versions = store.rebuild_head(key, epoch=epoch)  # what is restored takes over from a damaged HEAD
+        with contextlib.suppress(BadMemoryFile):  # what is restored takes over from a damaged HEAD
+            versions = store.rebuild_head(key, epoch=epoch)
     newest = versions[0].version if versions else 0
     version = max(memory.memory_version, newest + 1)
     stored = store.put(replace(memory, memory_version=version), epoch=epoch)

@@ -37,7 +37,7 @@ def verify(
     files = users = 0
     for part in manifest.parts:
         try:
-            _check_file(target, part)
+            check_file(target, part)
             with open_part(target, part.name) as reader:
                 found = len(assemble(reader.model_rows(), problems))
                 if found != part.model_files:
@@ -69,8 +69,8 @@ def verify(
     }
 
 
-def _check_file(target: Objects, part: PartInfo) -> None:
-    """The part as bytes, against size and hash of the manifest."""
+def check_file(target: Objects, part: PartInfo) -> None:
+    """The part as bytes, against size and hash of the manifest. Raises `SnapshotDamaged`."""
     digest, size = xxhash.xxh3_128(), 0
     try:
         with target.open_read(part.name) as raw:

@@ -70,6 +70,7 @@ class MemoryStore(RecordStore):
             bytes=len(data),
             created_at=memory.created_at,
             hash=hash_of(data),
+            last_chunk_id=memory.last_chunk_id,
         )
         head, tag = self._admit(key, epoch)
         if head.newest == replace(new, pinned=bool(head.newest and head.newest.pinned)):
@@ -156,34 +157,57 @@ class MemoryStore(RecordStore):
         return head.find(key, version)
 
     def rebuild_head(self, key: UserKey, *, epoch: int) -> list[VersionInfo]:
-        """Makes a HEAD from those of the user's files that can be read, for when HEAD is damaged.
+        """Makes a HEAD from those of the user's files that can be read, for when HEAD is damaged or gone.
 
-        Pins are lost. A file that no HEAD had listed yet may be listed afterwards.
+        Pins are lost. A file that no HEAD had listed yet may be listed afterwards; one from before the user was erased
+        is not, nor one that an older epoch wrote beside or after a newer one. Raises the error of a bad file when none
+        can be read: HEAD is then empty, and a restore can take over. Raises `Fenced`.
         """
         found: list[VersionInfo] = []
-        for info in self.objects.list(user_folder(key)):
-            stored = self.objects.get(info.name) if info.name.endswith(".titanmem") else None
+        problems: list[BadMemoryFile] = []
+        barred = self.forgotten_at(key)
+        for name in self._files(key):
+            stored = self.objects.get(name)
             if stored is None:
                 continue
-            with contextlib.suppress(BadMemoryFile):
-                memory = decode(stored[0], name=info.name)
-                line = VersionInfo(
-                    version=memory.memory_version,
-                    epoch=memory.epoch,
-                    bytes=len(stored[0]),
-                    created_at=memory.created_at,
-                    hash=hash_of(stored[0]),
-                )
-                if memory.key == key and info.name.endswith(line.file):
-                    found.append(line)
-        found.sort(key=lambda line: (line.version, line.epoch), reverse=True)
-        best = tuple({line.version: line for line in reversed(found)}.values())[::-1]
-        head = Head(epoch=max([epoch, *(line.epoch for line in best)]), versions=best)
+            try:
+                memory = decode(stored[0], name=name)
+            except BadMemoryFile as error:
+                _log.error("%s: left out of the new HEAD: %s", key, error)
+                problems.append(error)
+                continue
+            line = VersionInfo(
+                version=memory.memory_version,
+                epoch=memory.epoch,
+                bytes=len(stored[0]),
+                created_at=memory.created_at,
+                hash=hash_of(stored[0]),
+                last_chunk_id=memory.last_chunk_id,
+            )
+            is_barred = barred is not None and memory.created_at <= barred
+            if memory.key == key and name.endswith(line.file) and not is_barred:
+                found.append(line)
+        best: list[VersionInfo] = []
+        for line in sorted(found, key=lambda line: (line.epoch, line.version), reverse=True):
+            if not best or line.version < best[-1].version:
+                best.append(line)
+        head = Head(epoch=max([epoch, *(line.epoch for line in best)]), versions=tuple(best))
         head.check_epoch(key, epoch)
         current = self.objects.get(user_folder(key) + "HEAD")
         tag = current[1] if current else None
         self.write_record(user_folder(key) + "HEAD", head.to_record(), if_tag=tag, if_absent=tag is None)
-        return list(best)
+        if problems and not best:
+            raise problems[-1]
+        return best
+
+    def has_lost_head(self, key: UserKey) -> bool:
+        """Whether HEAD lists nothing although there are versions of a user who was not erased."""
+        return not self.versions(key) and any(self._files(key)) and self.tombstone(key) is None
+
+    def _files(self, key: UserKey) -> Iterator[str]:
+        """Names of the user's versions, listed or not, oldest first."""
+        names = (info.name for info in self.objects.list(user_folder(key)))
+        return (name for name in names if name.endswith(".titanmem"))
 
     def users(self, tenant: str | None = None) -> Iterator[UserKey]:
         """All users with a stored version, in order of their names."""

@@ -23,16 +23,12 @@ from tests.actors.test_keeper import (
     CAROL,
     chat,
     crash,
-    model,
     opened,
-    options,
     piece,
     same,
     state,
 )
 from titanmem.reservoir import Reservoir
-
-__all__ = ["model", "options"]
 
 
 def entries(keeper: MemoryKeeper, key: UserKey) -> bytes:

@@ -27,19 +27,6 @@ from titanmem.tokenizer import ChatTokenizer
 ALICE, BOB, CAROL = (UserKey("local", name) for name in ("alice", "bob", "carol"))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
-
-
-@pytest.fixture
-def options(tmp_path, model) -> KeeperOptions:
-    return KeeperOptions(
-        model=str(model), store_url=f"file://{tmp_path}/store", journal_dir=f"{tmp_path}/journal", shard="shard-0",
-        epoch=1, slots=2, spec_overrides={"surprise_threshold": 0.05}, idle_flush_s=3600.0,
-    )  # fmt: skip
-
-
 @asynccontextmanager
 async def opened(options: KeeperOptions, **changes) -> AsyncIterator[MemoryKeeper]:
     keeper = await open_keeper(replace(options, **changes))

@@ -14,7 +14,7 @@ from actors.messages import ChatCall, DoneEvent, IngestCall, RenderedMessage, To
 from actors.options import KeeperOptions, ShardOptions
 from actors.ownership import claim
 from actors.shard import MemoryShard
-from storage.errors import Fenced, JournalError
+from storage.errors import Fenced, JournalError, JournalFailed
 from storage.journal import Journal
 from storage.names import BUCKETS, UserKey, bucket_of
 from storage.store import MemoryStore, open_store
@@ -137,6 +137,24 @@ async def test_nothing_is_acknowledged_once_the_epoch_is_over(
         await shard.describe(ALICE, epoch)
     await asyncio.sleep(0.05)
     assert place.left == [epoch], "a fenced shard's process ends"
+
+
+async def test_a_shard_whose_journal_failed_ends(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is started again, and only then is known what the disk has."""
+    monkeypatch.setattr(module, "FENCED_EXIT_S", 0.01)
+    shard = place.shard()
+    epoch = (await shard.open())["epoch"]
+
+    async def fail(call: object) -> None:
+        raise JournalFailed("disk I/O error")
+
+    monkeypatch.setattr(shard._keeper, "ingest", fail)
+    with pytest.raises(JournalFailed):
+        await shard.ingest(ingest(), epoch)
+    with pytest.raises(ShardNotOpen, match="stopped"):
+        await shard.ingest(ingest(), epoch)
+    await asyncio.sleep(0.05)
+    assert place.left == [epoch]
 
 
 async def test_a_shard_whose_epoch_is_over_does_not_open(place: Place) -> None:
