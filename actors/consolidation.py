@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from actors.figures import Figures
+from actors.guard import Action
 from actors.roster import Roster
 from actors.slab import Resident
 from storage.errors import TitanmemError
@@ -61,7 +62,7 @@ class Consolidator:
         roster, key = self.roster, resident.key
         if roster.fenced is not None or roster.wanted(key) or roster.slab.peek(key) is not resident:
             return False
-        news = resident.tokens_written > resident.consolidated
+        news = resident.tokens_written > resident.consolidated and not resident.frozen
         return news and len(resident.reservoir) > 0 and roster.idle_s(resident) >= self.idle_s
 
     async def _try(self, resident: Resident) -> None:
@@ -73,13 +74,17 @@ class Consolidator:
             await asyncio.sleep(self.idle_s)  # a full journal or a bad memory is not better a moment later
 
     async def consolidate(self, key: UserKey, passes: int = PASSES) -> bool:
-        """Consolidate one user, resting or not; False if there was nothing to replay or the user came in between.
+        """Consolidate one user, resting or not; False if there was nothing to replay or the user came in between, or
+        if the guard has taken the memory back.
 
         Raises JournalError when the journal does not take it; then nothing has changed.
         """
         async with self.roster.turn(key, upkeep=True) as resident:
+            # A replay over what nobody told would hide it from the probes, and no other replay would give its bits.
+            found = await self.roster.check(resident, resting=True)
             reservoir = resident.reservoir
-            if not len(reservoir):
+            taken_back = found is not None and found.action is not Action.WAIT
+            if taken_back or resident.frozen or not len(reservoir):
                 return False
             copy = _Copy(
                 resident, resident.memory_version, await asyncio.to_thread(self.roster.slab.copy, resident)

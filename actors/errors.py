@@ -5,10 +5,11 @@
         ├── NotOwner       the shard does not own that bucket: the caller's map is stale
         ├── ShardNotOpen   the shard is starting, stopping or fenced
         ├── QueueFull      the shard's queue has no room
-        └── NoMemoryWeights  the model that is served has no memory
+        ├── NoMemoryWeights  the model that is served has no memory
+        └── MemoryFrozen   the guard has frozen the user's memory
 
 Nothing was looked at or written. The router asks again elsewhere or later for the first two; the third is
-answered 429, the fourth 409.
+answered 429, the last two 409.
 """
 
 from __future__ import annotations
@@ -47,6 +48,17 @@ class NoMemoryWeights(ShardError):
 
     def __init__(self, model: str) -> None:
         super().__init__(f"{no_memory(model)}: chat works without memory, nothing else does", model=model)
+
+
+class MemoryFrozen(ShardError):
+    """The memory of `key` lost its recall twice, and is not written before somebody chooses a version of it."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"{key}: the memory is frozen, for its recall fell twice; roll it back to a version of it, "
+            "or import another, to have it read and written again",
+            key=key,
+        )
 
 
 def no_memory(model: str) -> str:

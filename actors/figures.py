@@ -19,6 +19,7 @@ class Figures:
         self.frozen_users = self._gauge("titan:frozen_users", "Users whose memory is not written any more.")
         self.surprise_rate = self._gauge("titan:surprise_rate", "Share of offered tokens that were written.")
         self.utilisation = self._gauge("titan:memory_utilisation", "Mean |θ_M| of residents over its bound.")
+        self.recall = self._gauge("titan:recall_probe", "Mean share of residents' recall probes answered.")
         self.journal_bytes = self._gauge(
             "titan:journal_bytes", "Bytes of acknowledged tokens in the journal."
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from actors.consolidation import Consolidator
 from actors.engine import Engine
-from actors.errors import NoMemoryWeights, QueueFull, no_memory
+from actors.errors import MemoryFrozen, NoMemoryWeights, QueueFull, no_memory
 from actors.figures import Figures
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from actors.options import KeeperOptions
@@ -22,7 +22,6 @@ from actors.turn import Turn, joined, update_hash
 from actors.vault import Layout, Vault
 from storage.errors import NoSuchMemory, StoreError, TitanmemError
 from storage.journal import Journal
-from storage.memory import Memory
 from storage.names import UserKey, bucket_of
 from storage.objects import open_objects
 from storage.snapshot_manifest import write_part
@@ -100,6 +99,8 @@ class MemoryKeeper:
         journal, key = self.roster.journal, call.key
         if not len(call.tokens) or update_hash(call.update_id) in resident.seen:
             return await self._repeated(resident, call)
+        if resident.frozen:
+            raise MemoryFrozen(str(call.key))
         context = resident.tail if resident.tail_of == document_id(call.conversation) else joined([])
         segment = self.roster.segment(
             resident, update_id=call.update_id, conversation=call.conversation, role="document",
@@ -163,7 +164,7 @@ class MemoryKeeper:
                 "chunks": resident.last_chunk_id, "tokens_written": resident.tokens_written,
                 "updates": resident.updates, "surprise_rate": _rate(resident), "norm": norm,
                 "utilisation": norm / spec.max_norm, "bytes": spec.state_bytes, "parameters": spec.parameters,
-                "stored_version": resident.stored_version, "frozen": False, "cohort": "default",
+                "stored_version": resident.stored_version, "frozen": resident.frozen, "cohort": "default",
             }  # fmt: skip
 
     async def versions(self, key: UserKey) -> list[dict[str, Any]]:
@@ -175,16 +176,20 @@ class MemoryKeeper:
         return [_version(info) for info in found]
 
     async def rollback(self, key: UserKey, to: int | None) -> dict[str, Any]:
-        """Make stored version `to` the newest again (None: the one before the current); history is kept."""
+        """Make stored version `to` the newest again (None: the one before the current); history is kept.
+
+        A frozen memory is read and written again from then on.
+        """
         async with self._known(key) as resident:
             await self.roster.store(resident)
             if to is None:
                 listed = await asyncio.to_thread(self.roster.vault.store.versions, key)
-                if len(listed) < 2:
+                before = listed[0 if resident.dirty else 1 :]
+                if not before:
                     raise NoSuchMemory(f"{key}: there is no stored version before this one", key=str(key))
-                to = listed[1].version
+                to = before[0].version
             memory = await asyncio.to_thread(self.roster.vault.version, key, to)
-            await self._replace(resident, memory)
+            await self.roster.supersede(resident, memory)
             self._figures.rollbacks.add("asked")
             return {"memory_version": resident.memory_version, "rolled_back_to": to}
 
@@ -210,25 +215,15 @@ class MemoryKeeper:
             lambda: decode(data, expect_base=layout.base, expect_shape=layout.shape, name="the file sent")
         )
         async with self.roster.turn(key) as resident:
-            await self._replace(resident, memory)
+            await self.roster.supersede(resident, memory)
             return {"memory_version": resident.memory_version, "tokens_seen": resident.tokens_seen}
-
-    async def _replace(self, resident: Resident, memory: Memory) -> None:
-        """Another memory into this slot as a new version; what the journal holds now belongs to the old one."""
-        version, stored = resident.memory_version, resident.stored_version
-        chunk, seen = resident.journaled_chunk_id, resident.seen
-        await asyncio.to_thread(self.roster.vault.restore, memory, resident, self.roster.slab)
-        resident.memory_version = max(version, memory.memory_version) + 1
-        resident.last_chunk_id = resident.journaled_chunk_id = max(chunk, memory.last_chunk_id) + 1
-        resident.stored_version, resident.stored_chunk_id = stored, 0
-        resident.seen.update(seen)
-        await self.roster.store(resident)
 
     async def forget(self, key: UserKey) -> dict[str, Any]:
         """Erase the user from slot, journal and store, and leave a tombstone; the receipt names what was removed."""
         async with self.roster.turn(key) as resident:
             version = resident.memory_version
             self.roster.drop(resident)
+            self.roster.watch.frozen.discard(key)
             segments = await asyncio.to_thread(self.roster.journal.forget, key)
             store, epoch = self.roster.vault.store, self.roster.vault.epoch
             removed = await asyncio.to_thread(lambda: store.delete(key, epoch=epoch))
@@ -305,7 +300,8 @@ class MemoryKeeper:
         figures, residents = self._figures, self.roster.slab.residents()
         figures.resident_users.set(len(residents))
         figures.slots_total.set(self.roster.slab.slots)
-        figures.frozen_users.set(0)
+        figures.frozen_users.set(len(self.roster.watch.frozen))
+        figures.recall.set(sum(r.recall for r in residents) / len(residents) if residents else 1.0)
         figures.running.set(self.engine.running)
         figures.waiting.set(self.engine.waiting)
         figures.journal_bytes.set(self.roster.journal.bytes())
@@ -386,7 +382,7 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     journal = await asyncio.to_thread(Journal, options.journal)
     roster = Roster(
         slab=slab, vault=vault, journal=journal, encoder=Encoder(decoder, spec), figures=figures,
-        persist_tokens=options.persist_tokens,
+        persist_tokens=options.persist_tokens, consolidates=options.consolidate_after_s > 0,
     )  # fmt: skip
     engine = Engine(decoder, slab)
     engine.start()

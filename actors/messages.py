@@ -71,7 +71,9 @@ class DoneEvent:
     text: str = ""
     """The whole reply, stop strings already cut."""
     memory: MemoryAccess = "read_write"
-    """What was done, which is not what was asked for where the model has no memory."""
+    """What was done, which is not what was asked for where the model has no memory or the user's is frozen."""
+    frozen: bool = False
+    """The guard has frozen the user's memory: it was neither read nor written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

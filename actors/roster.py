@@ -20,8 +20,10 @@ import xxhash
 
 from actors.errors import QueueFull
 from actors.figures import Figures
+from actors.guard import Action
 from actors.slab import Resident, Slab
 from actors.vault import Found, Vault
+from actors.watch import Finding, Watch
 from actors.writer import SlotWriter
 from storage.errors import (
     BadMemoryFile,
@@ -34,7 +36,7 @@ from storage.errors import (
     TitanmemError,
 )
 from storage.journal import Journal
-from storage.memory import SEEN_MAX
+from storage.memory import SEEN_MAX, Memory
 from storage.names import UserKey
 from storage.segment import SEGMENT_TOKENS_MAX, Segment
 from titanmem.fold import Encoder, Fold
@@ -61,10 +63,11 @@ class Roster:
 
     def __init__(
         self, *, slab: Slab, vault: Vault, journal: Journal, encoder: Encoder, figures: Figures, persist_tokens: int,
-        clock: Callable[[], float] = time.monotonic,
+        consolidates: bool = True, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.slab, self.vault, self.journal = slab, vault, journal
         self.spec, self.writer = encoder.spec, SlotWriter(slab, encoder, figures)
+        self.watch = Watch(slab, vault, journal, encoder, figures, consolidates=consolidates)
         self._figures, self._persist_tokens, self._clock = figures, persist_tokens, clock
         self._fold_pool = ThreadPoolExecutor(1, "fold")
         self._store_pool = ThreadPoolExecutor(2, "store")
@@ -120,6 +123,7 @@ class Roster:
             found: Found = await self._in_store_pool(self.vault.newest, key)
             if found.memory is not None:
                 self.vault.restore(found.memory, resident, self.slab)
+                await self.in_fold_pool(self.watch.mark, resident)
             for value in self.journal.seen(key):
                 self._remember(resident, value)
             pending = self.journal.pending(key, resident.last_chunk_id)
@@ -242,6 +246,7 @@ class Roster:
             resident.tail = np.concatenate([segment.context, segment.tokens])[-self.spec.window :]
             resident.tail_of = document_id(segment.conversation)
         self._figures.updates.add("written" if done.updates else "skipped", done.chunks)
+        self.watch.note(resident, done)
         return done
 
     def _remember(self, resident: Resident, value: int) -> None:
@@ -270,25 +275,21 @@ class Roster:
         await asyncio.sleep(STORE_INTERVAL_S)
 
     async def store(self, resident: Resident) -> bool:
-        """Store what is not stored yet; False if there was nothing. The caller holds the turn, or nobody does.
+        """Store what is not stored yet, if the guard finds it good; False if nothing was stored. The caller holds the
+        turn, or nobody does.
 
         Raises Fenced when a newer epoch has written this user, StoreError when the store cannot.
         """
         if not resident.dirty:
             return False
-        started = time.perf_counter()
+        found = await self.check(resident)
+        if found is not None:
+            return found.action is not Action.WAIT
         version, chunk = resident.memory_version, resident.last_chunk_id
-        try:
-            with continued({}, "store", titan__memory_version=version):
-                await self._in_store_pool(self._put, resident)
-        except StoreError as error:
-            self._figures.store_errors.add("put")
-            if isinstance(error, Fenced):
-                self.fenced = error
-            raise
-        self._figures.persist_s.observe(time.perf_counter() - started)
+        await self._save(version, lambda: self.vault.image(resident, self.slab))
         resident.stored_version, resident.tokens_since_stored = version, 0
         before, resident.stored_chunk_id = resident.stored_chunk_id, chunk
+        await self.in_fold_pool(self.watch.mark, resident)
         if before:
             try:
                 await asyncio.wrap_future(self.journal.trim(resident.key, before))
@@ -296,14 +297,50 @@ class Roster:
                 logger.warning("%s: the journal keeps what is stored, for now: %s", resident.key, error)
         return True
 
-    def _put(self, resident: Resident) -> None:
-        image = self.vault.image(resident, self.slab)
+    async def check(self, resident: Resident, *, resting: bool = False) -> Finding | None:
+        """Ask the user's probes and do what the guard decides; None if recall has not fallen. As `store`."""
+        found = await self.in_fold_pool(self.watch.look, resident, resting)
+        if found is not None and found.memory is not None:
+            frozen = found.action is Action.FREEZE
+            await self.supersede(resident, found.memory, falls=resident.falls + 1, frozen=frozen)
+            self._figures.rollbacks.add(found.action)
+            logger.warning("%s", found.said)
+        return found
+
+    async def supersede(
+        self, resident: Resident, memory: Memory, *, falls: int = 0, frozen: bool = False
+    ) -> None:
+        """Make another memory the user's newest version; what the journal holds now belongs to the old one.
+
+        Stored first, then put into the slot: a crash in between changes nothing, a store that fails neither. The caller
+        holds the turn. Raises CorruptIndex as `Vault.restore`, and StoreError.
+        """
+        self.vault.reservoir_of(memory, self.spec)
+        newer = self.vault.successor(memory, resident, falls=falls, frozen=frozen)
+        await self._save(newer.memory_version, lambda: newer)
+        await asyncio.to_thread(self.vault.restore, newer, resident, self.slab)
+        await self.in_fold_pool(self.watch.mark, resident)
+
+    async def _save(self, version: int, image: Callable[[], Memory]) -> None:
+        started = time.perf_counter()
         try:
-            self.vault.put(image)
+            with continued({}, "store", titan__memory_version=version):
+                await self._in_store_pool(self._put, image)
+        except StoreError as error:
+            self._figures.store_errors.add("put")
+            if isinstance(error, Fenced):
+                self.fenced = error
+            raise
+        self._figures.persist_s.observe(time.perf_counter() - started)
+
+    def _put(self, image: Callable[[], Memory]) -> None:
+        memory = image()
+        try:
+            self.vault.put(memory)
         except Forgotten:
             # The user was erased, and has been told something since: a new memory begins.
-            self.vault.store.clear_tombstone(resident.key, self.vault.epoch)
-            self.vault.put(image)
+            self.vault.store.clear_tombstone(memory.key, self.vault.epoch)
+            self.vault.put(memory)
 
     async def flush(self, idle_s: float = 0.0) -> int:
         """Store all residents whose user has been idle for `idle_s`; how many were stored.

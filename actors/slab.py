@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from storage.names import UserKey
+from titanmem import bounds
+from titanmem.probes import Probes
 from titanmem.reservoir import Reservoir
 from titanmem.spec import MemorySpec
 
@@ -89,6 +91,16 @@ class Resident:
     stored_chunk_id: int = 0
     """Last chunk of that version. The journal is trimmed to it only when the next version is stored."""
     tokens_since_stored: int = 0
+    probes: Probes | None = None
+    """What the newest stored version answers; None before there is one."""
+    recall: float = 1.0
+    """Share of those probes that was answered when they were last asked."""
+    crowded: bool = False
+    """What was told since then has made it answer fewer: judged when it has been consolidated."""
+    falls: int = 0
+    """Times that its recall has fallen and it was taken back."""
+    frozen: bool = False
+    """Neither read nor written until somebody rolls it back or imports another."""
     users: int = 0
     """Requests that hold this slot now; it is not evicted before they are done."""
     used_at_s: float = 0.0
@@ -187,4 +199,4 @@ class Slab:
     def norm(self, resident: Resident) -> float:
         """|θ_M| of the written layer."""
         with resident.lock.shared():
-            return float(self.written_SHD[resident.slot].float().norm())
+            return bounds.norm(self.written_SHD[resident.slot])

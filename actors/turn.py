@@ -8,7 +8,7 @@ cancelled ends in the same way, with the part of the reply that was made.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -67,6 +67,9 @@ class Turn:
                 raise
 
     async def _remembering(self, resident: Resident) -> DoneEvent:
+        if resident.frozen:
+            done = await self._reply(None)
+            return replace(done, memory="off", memory_version=resident.memory_version, frozen=True)
         if self.call.memory == "read_only":
             return await self._reply(resident)
         waiting = await self._journal_prompt(resident)

@@ -11,7 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -163,6 +163,9 @@ class Vault:
         resident.tokens_written = int(memory.stats.get("tokens_written", 0))
         resident.updates = int(memory.stats.get("updates", 0))
         resident.consolidated = int(memory.stats.get("consolidated", 0))
+        resident.falls = int(memory.stats.get("falls", 0))
+        resident.frozen = bool(memory.stats.get("frozen", 0))
+        resident.tokens_since_stored = 0
 
     def reservoir_of(self, memory: Memory, spec: MemorySpec) -> Reservoir:
         """The reservoir of a file; files of before there was one have none. Raises CorruptIndex."""
@@ -205,7 +208,27 @@ class Vault:
                 "consolidated": float(resident.consolidated),
                 "norm": slab.norm(resident),
                 "tail_of": float(resident.tail_of),
+                "falls": float(resident.falls),
+                "frozen": float(resident.frozen),
             },
+        )
+
+    def successor(self, memory: Memory, resident: Resident, *, falls: int, frozen: bool) -> Memory:
+        """`memory`, of this or another user, as the version that follows all that was told to the resident.
+
+        It ends after the journal's last chunk, so that no replay adds to it, and knows what was already written.
+        """
+        seen = OrderedDict.fromkeys(int(value) for value in memory.seen)
+        seen.update(resident.seen)
+        return replace(
+            memory,
+            key=resident.key,
+            epoch=self.epoch,
+            memory_version=max(resident.memory_version, memory.memory_version) + 1,
+            last_chunk_id=max(resident.journaled_chunk_id, memory.last_chunk_id),
+            created_at=datetime.now(UTC),
+            seen=np.array(list(seen)[-SEEN_MAX:], dtype=np.uint64),
+            stats={**memory.stats, "falls": float(falls), "frozen": float(frozen)},
         )
 
     def put(self, memory: Memory) -> None:

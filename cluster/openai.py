@@ -210,12 +210,13 @@ def usage(done: DoneEvent) -> dict[str, int]:
 
 def titan(done: DoneEvent) -> dict[str, Any]:
     """Our extension of an answer."""
-    return {
+    said = {
         "memory": done.memory,
         "memory_version": done.memory_version,
         "tokens_written": done.tokens_written,
         "surprise": done.surprise,
     }
+    return {**said, "frozen": True} if done.frozen else said
 
 
 def model_object(model: str, created: int) -> dict[str, Any]:

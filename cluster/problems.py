@@ -46,6 +46,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     cluster_errors.BodyTooSlow: Problem(408, REQUEST, "body_too_slow"),
     actor_errors.QueueFull: Problem(429, RATE, "queue_full"),
     actor_errors.NoMemoryWeights: Problem(409, REQUEST, "no_memory_weights"),
+    actor_errors.MemoryFrozen: Problem(409, REQUEST, "memory_frozen", "user"),
     cluster_errors.ShardUnavailable: Problem(503, SERVER, "shard_unavailable"),
     cluster_errors.NotReady: Problem(503, SERVER, "not_ready"),
     actor_errors.NotOwner: Problem(503, SERVER, "not_owner"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import ops
+from titanmem import bounds
 from titanmem.reservoir import Reservoir
 from titanmem.spec import MemorySpec
 
@@ -23,7 +24,7 @@ PASSES = 3
 PASSES_MAX = 16
 
 REPLAY_ALPHA = 0.0
-"""Share of the rewritten columns that a replay forgets."""
+"""Share of the rewritten columns that a replay forgets; more if θ_M is nearly as large as it may be."""
 
 
 @torch.no_grad()
@@ -45,6 +46,7 @@ def replay(
     if not 1 <= passes <= PASSES_MAX:
         raise ValueError(f"passes = {passes}: must be from 1 to {PASSES_MAX}")
     device = slab_SHD.device
+    alpha = max(alpha, bounds.crowded_share(bounds.utilisation(slab_SHD[slot], spec)))
     columns_RK = torch.from_numpy(reservoir.columns_RK).long().to(device)
     values_RK = torch.from_numpy(reservoir.values_RK).float().to(device)
     weight_R = torch.from_numpy(reservoir.gate_R).float().to(device)

@@ -9,7 +9,6 @@ Axes: T tokens, B blocks, N tokens that the gate lets through, K active units, D
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import ops, sparse
+from titanmem import bounds
 from titanmem.decoder import Decoder
 from titanmem.reservoir import Reservoir
 from titanmem.spec import MemorySpec
@@ -59,6 +59,10 @@ class Fold:
     """S after the segment, on the float16 grid of its file."""
     reservoir: Reservoir | None = None
     """What is kept of all that was written; None if nothing is to be kept."""
+    passed_over: int = 0
+    """Surprising tokens that were not written, since their chunk had `bounds.most_written` more surprising ones."""
+    utilisation: float = 0.0
+    """Largest |θ_M| / max_norm before a chunk that wrote, 0 when none did."""
 
 
 class Encoder:
@@ -144,11 +148,6 @@ class Encoder:
         return place_N, token_N, weight_N, key_NF
 
 
-def forget_share(momentum: float, spec: MemorySpec) -> float:
-    """α = σ(λ S - γ): how much of the columns that an update rewrites is forgotten first."""
-    return 1.0 / (1.0 + math.exp(spec.forget_bias - spec.forget_slope * momentum))
-
-
 @torch.no_grad()
 def fold(
     slab_SHD: Tensor,
@@ -161,15 +160,19 @@ def fold(
 ) -> Fold:
     """Write a segment into the slot, chunk by chunk, each chunk in updates of at most `top_k_ratio` of the elements.
 
-    The new columns are computed beside the slab and put in place inside `exclusive()`. What was written is offered to
-    the reservoir, if there is one.
+    A chunk writes at most `bounds.most_written` tokens, and forgets more when θ_M is nearly as large as it may be. The
+    new columns are computed beside the slab and put in place inside `exclusive()`. What was written is offered to the
+    reservoir, if there is one.
     """
-    updates, largest = 0, 0.0
+    updates, largest, passed_over, most_used = 0, 0.0, 0, 0.0
     kept: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     slots = torch.full((len(written.position_N),), slot, dtype=torch.int64)
     chunk_N = written.position_N // spec.chunk_size
     for chunk in chunk_N.unique().tolist():
-        for group in (chunk_N == chunk).nonzero()[:, 0].split(spec.tokens_per_update):
+        admitted_N, refused = _admitted(slab_SHD, slots, written, (chunk_N == chunk).nonzero()[:, 0], spec)
+        passed_over += refused
+        used: float | None = None
+        for group in admitted_N.split(spec.tokens_per_update):
             columns, values = written.columns_NK[group], written.values_NK[group]
             target, weight = written.target_ND[group], written.weight_N[group]
             surprise = sparse.surprise(slab_SHD, slots[group], columns, values, target, weight)
@@ -179,6 +182,9 @@ def fold(
                 continue
             momentum = spec.momentum * momentum + (1 - spec.momentum) * float(surprise.max())
             momentum = float(np.float16(momentum))
+            if used is None:
+                used = bounds.utilisation(slab_SHD[slot], spec)
+                most_used = max(most_used, used)
             rows_M, new_MD = ops.sparse_update(
                 slab_SHD,
                 slots[:1],
@@ -187,7 +193,7 @@ def fold(
                 values[keep],
                 target[keep],
                 weight[keep],
-                torch.tensor([forget_share(momentum, spec)]),
+                torch.tensor([bounds.forget_share(momentum, spec, used)]),
             )
             with exclusive():
                 ops.sparse_apply(slab_SHD, rows_M, new_MD)
@@ -201,7 +207,22 @@ def fold(
         surprise=largest,
         momentum=momentum,
         reservoir=None if reservoir is None else _offer(reservoir, written, kept_N, spec),
+        passed_over=passed_over,
+        utilisation=most_used,
     )
+
+
+def _admitted(
+    slab_SHD: Tensor, slots_N: Tensor, written: Written, offered_N: Tensor, spec: MemorySpec
+) -> tuple[Tensor, int]:
+    """Which of a chunk's tokens may be written, by their surprise at its start; how many surprising ones may not."""
+    most = bounds.most_written(spec)
+    if len(offered_N) <= most:
+        return offered_N, 0
+    rows = (written.columns_NK, written.values_NK, written.target_ND, written.weight_N)
+    surprise_N = sparse.surprise(slab_SHD, slots_N[offered_N], *(row[offered_N] for row in rows))
+    over = int((surprise_N >= spec.surprise_threshold).sum())
+    return offered_N[bounds.most_surprising(surprise_N, most)], max(0, over - most)
 
 
 def _offer(reservoir: Reservoir, written: Written, kept_N: Tensor, spec: MemorySpec) -> Reservoir:

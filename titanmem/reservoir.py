@@ -92,7 +92,7 @@ class Reservoir:
             raise ValueError(f"gates {gate_R.min()} to {gate_R.max()}, outside 0 to 1")
         if token_R.min() < 0 or token_R.max() >= vocabulary:
             raise ValueError(f"tokens {token_R.min()} to {token_R.max()} in a vocabulary of {vocabulary}")
-        return cls.of(columns_RK, values_RK, token_R, gate_R)._cut(spec.reservoir)
+        return cls.of(columns_RK, values_RK, token_R, gate_R).cut(spec.reservoir)
 
     def offered(
         self, columns_NK: np.ndarray, values_NK: np.ndarray, token_N: np.ndarray, gate_N: np.ndarray,
@@ -110,17 +110,19 @@ class Reservoir:
             overlap = np.einsum("rk,rk->r", dense_H[both.columns_RK[:place]], values_RK[:place])
             stays[:place] &= overlap < REPLACED_OVERLAP
             dense_H[columns_K] = 0
-        return both._take(stays.nonzero()[0])._cut(spec.reservoir)
+        return both.take(stays.nonzero()[0]).cut(spec.reservoir)
 
     def _with(self, new: Reservoir) -> Reservoir:
         pairs = {name: (getattr(self, name), getattr(new, name)) for name in Reservoir.__slots__}
         return Reservoir(**{name: np.concatenate(pair) for name, pair in pairs.items()})
 
-    def _take(self, places: np.ndarray) -> Reservoir:
+    def take(self, places: np.ndarray) -> Reservoir:
+        """Only the entries at these places, in their order: int64, or bool [R]."""
         return Reservoir(**{name: getattr(self, name)[places] for name in Reservoir.__slots__})
 
-    def _cut(self, longest: int) -> Reservoir:
+    def cut(self, longest: int) -> Reservoir:
+        """At most `longest` entries, those of the largest hash: a uniform sample of them all."""
         if len(self) <= longest:
             return self
         first = np.argsort(self.priority_R, kind="stable")[len(self) - longest :]
-        return self._take(np.sort(first))
+        return self.take(np.sort(first))

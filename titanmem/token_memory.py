@@ -118,7 +118,12 @@ class SparseMemory(SharedFeatures):
         return self.asked(hidden_BTE, tokens_BT, past, reciting_BT)[0]
 
     def told(
-        self, hidden_BTE: Tensor, around_BTU: Tensor, tokens_BT: Tensor, value_BT: Tensor, valid_BT: Tensor | None = None
+        self,
+        hidden_BTE: Tensor,
+        around_BTU: Tensor,
+        tokens_BT: Tensor,
+        value_BT: Tensor,
+        valid_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [B, T, D], what they are bound to [B, T] and which token is stored, int64 [B, T], of each token.
 

@@ -1,9 +1,9 @@
-"""Which words a fact is told in and a question asked in, exactly: the part of keys and queries that needs no learning.
+"""Which words a fact is told in and a question asked in: the part of keys and queries that needs no learning.
 
-What a sentence means generalises to other words, but a name that nobody has met means nothing, and "the magic number for
-kettle" means what the one for harbour does. So half of a key is a sum of fixed random vectors, one for each spelling,
-weighted by how much a word says what the fact is about (as lexical beside dense retrieval; arXiv 2010.01195): words
-that the question repeats meet there, known or not.
+What a sentence means generalises to other words, but a name that nobody has met means nothing, and "the magic number
+for kettle" means what the one for harbour does. So half of a key is a sum of fixed random vectors, one for each
+spelling, weighted by how much a word says what the fact is about (as lexical beside dense retrieval; arXiv 2010.01195):
+words that the question repeats meet there, known or not.
 
 A statement is seen from both sides; a question is summed up from left to right, by a linear recurrence.
 
@@ -48,7 +48,7 @@ def spellings(vocabulary: Mapping[str, int], size: int) -> Tensor:
 
 
 class Wording(nn.Module):
-    """Weights of words, for statements and for questions; the sums of their vectors have length 1, or 0 for no words."""
+    """Weights of words in statements and questions; sums of their vectors have length 1, or 0 for no words."""
 
     def __init__(self, hidden_size: int, vocab_size: int, width: int) -> None:
         super().__init__()

@@ -134,7 +134,7 @@ async def test_conversations_of_three_modes_are_decoded_side_by_side(options, mo
 
     async with opened(options, slots=8) as keeper:
         for n in range(3):
-            await keeper.ingest(piece(ALICE, n))
+            await keeper.ingest(piece(ALICE, n, 150))
         alone = {mode: (await collect(keeper.chat(asked(mode)))).text for mode in SERVED["mode"]}
         together = await asyncio.gather(*(collect(keeper.chat(asked(mode))) for mode in SERVED["mode"]))
     assert {mode: done.text for mode, done in zip(SERVED["mode"], together, strict=True)} == alone

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.tiny_model import tiny_decoder
-from titanmem.fold import Encoder, Written, fold, forget_share
+from titanmem.bounds import forget_share
+from titanmem.fold import Encoder, Written, fold
 from titanmem.reservoir import Reservoir
 from titanmem.spec import MemorySpec
 
@@ -50,14 +51,14 @@ def test_every_written_token_is_offered_to_the_reservoir(encoder, bound):
     written = encoder.encode(NOTHING, ids(100))
     done = fold(slab, 0, written, 0.0, spec, reservoir=Reservoir.empty(spec))
     assert done.reservoir is not None
-    assert done.tokens_written > 20
+    assert done.tokens_written > 15
     # What was written, in order; what was not surprising is not there, nor what a newer one replaces.
     rows = (written.columns_NK, written.values_NK, written.token_N, written.weight_N)
     everything = Reservoir.of(*(row.numpy() for row in rows))
     if bound == 4096:
         offered = {entry.tobytes() for entry in everything.columns_RK}
         assert {entry.tobytes() for entry in done.reservoir.columns_RK} <= offered
-        assert 10 < len(done.reservoir) <= done.tokens_written
+        assert 5 < len(done.reservoir) <= done.tokens_written
     else:
         assert len(done.reservoir) == bound
     assert torch.equal(encoder.values_VD[written.token_N], written.target_ND), (

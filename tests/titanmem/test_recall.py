@@ -38,7 +38,7 @@ def test_it_folds_as_the_encoder_and_fold_do(folder):
         parts, _ = first.tokenizer.render([{"role": "user", "content": fact}])
         done = fold(slab, 0, encoder.encode(np.zeros(0, np.int32), parts[0].tokens), momentum, spec)
         momentum, count = done.momentum, count + done.tokens_written
-    assert written == count > 10
+    assert written == count > 3
     assert torch.equal(first.slab_SHD, slab)
     assert first.momentum == momentum
     before = first.slab_SHD.clone()

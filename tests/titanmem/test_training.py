@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -189,7 +190,9 @@ def test_the_memory_of_a_batch_is_the_memory_that_serves():
     tokens = np.random.default_rng(0).integers(4, 300, 16).astype(np.int32)
     written = encoder.encode(np.zeros(0, np.int32), tokens)
     slab = torch.zeros(1, *spec.written_shape, dtype=torch.float16)
-    done = fold(slab, 0, written, 0.0, spec)
+    # Each in a chunk of its own, for one chunk would write a fifth of its tokens only.
+    apart = replace(written, position_N=written.position_N * spec.chunk_size)
+    done = fold(slab, 0, apart, 0.0, spec)
     assert done.tokens_written == len(written.position_N) > 3
     memory = decoder.memory
     # A segment of one window is two blocks of half a window, each seen with a quarter on either side.
