@@ -23,7 +23,7 @@ from actors.figures import Figures
 from actors.slab import Resident, Slab
 from actors.vault import Vault
 from actors.writer import SlotWriter
-from storage.errors import Fenced, Forgotten, StoreError, TitanmemError
+from storage.errors import Fenced, Forgotten, StoreError, TitanmemError, VersionConflict
 from storage.journal import Journal
 from storage.memory import SEEN_MAX
 from storage.names import UserKey
@@ -240,7 +240,7 @@ class Roster:
         version, chunk = resident.memory_version, resident.last_chunk_id
         try:
             with continued({}, "store", titan__memory_version=version):
-                await self._in_store_pool(self._put, resident)
+                version = await self._in_store_pool(self._put, resident)
         except StoreError as error:
             self._figures.store_errors.add("put")
             if isinstance(error, Fenced):
@@ -253,14 +253,25 @@ class Roster:
             await asyncio.wrap_future(self.journal.trim(resident.key, before))
         return True
 
-    def _put(self, resident: Resident) -> None:
-        image = self.vault.image(resident, self.slab)
+    def _put(self, resident: Resident) -> int:
+        """The version under which the resident's state is stored now."""
+        image = resident.unsettled
+        if image is None or image.memory_version != resident.memory_version:
+            image = resident.unsettled = self.vault.image(resident, self.slab)
+        # Until its outcome is known, the same bytes are sent: a put that arrives late lists the file that is there.
         try:
             self.vault.put(image)
         except Forgotten:
             # The user was erased, and has been told something since: a new memory begins.
             self.vault.store.clear_tombstone(resident.key, self.vault.epoch)
             self.vault.put(image)
+        except VersionConflict as conflict:
+            # A put of the owner before us came in after we had looked: ours goes on from its number.
+            resident.memory_version = max(resident.memory_version, conflict.found) + 1
+            image = resident.unsettled = self.vault.image(resident, self.slab)
+            self.vault.put(image)
+        resident.unsettled = None
+        return image.memory_version
 
     async def flush(self, idle_s: float = 0.0) -> int:
         """Store all residents whose user has been idle for `idle_s`; how many were stored."""

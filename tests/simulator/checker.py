@@ -133,7 +133,7 @@ class Ledger:
 
     def judge(self, key: UserKey, final: list[str]) -> None:
         """The final state of a user, as a shard that starts afresh has it."""
-        user = key.user
+        user, final = key.user, [update.partition("~")[0] for update in final]  # what broken variants add
         if len(set(final)) < len(final):
             twice = sorted({update for update in final if final.count(update) > 1})
             self.breach(f"{user}: {', '.join(twice)} is in the memory more than once")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -127,8 +127,9 @@ class Life:
         tokens = np.full(rng.randint(1, 6), number + 1, np.int32)
         call = IngestCall(key=key, update_id=update_id, conversation="book", tokens=tokens)
         self.ledger.sent.setdefault(key.user, set()).add(update_id)
-        for _ in range(TRIES_MAX if self.world.now < TROUBLE_S else 200):
+        for attempt in range(TRIES_MAX if self.world.now < TROUBLE_S else 200):
             fleet = self._fleet()
+            call = replace(call, update_id=self.name(update_id, attempt))
             if rng.random() < 0.15:
                 self.doors[1].spawn(self._again(call))
             try:
@@ -137,6 +138,10 @@ class Life:
                 return
             except Exception:
                 await asyncio.sleep(self.world.pause(0.1, 1.5))
+
+    def name(self, update_id: str, attempt: int) -> str:
+        """Under which a try of an update is sent: all of them under the same."""
+        return update_id
 
     async def _again(self, call: IngestCall) -> None:
         """A retry of somebody who has lost patience, while the first try goes on, or long after it."""

@@ -67,6 +67,12 @@ class World:
             self.step(process, handle)
         return True
 
+    def take_ready(self, process: Process) -> list[asyncio.Handle]:
+        """What a process would have done next, but for its timers."""
+        mine = [(at, number, handle) for at, number, owner, handle in self._heap if owner is process]
+        waiting = [*process.stash, *(handle for _, _, handle in sorted(mine, key=lambda entry: entry[:2]))]
+        return [handle for handle in waiting if not isinstance(handle, asyncio.TimerHandle)]
+
     def step(self, process: Process | None, handle: asyncio.Handle) -> None:
         before, self.process = self.process, process
         outer = asyncio._get_running_loop()
@@ -301,7 +307,7 @@ class Loop(asyncio.AbstractEventLoop):
 
     def unwind(self) -> None:
         """Cancels every task of a dead process and runs what that leads to; nothing of it has any effect outside."""
-        self._unwinding = []
+        self._unwinding = self._world.take_ready(self._process)
         for task in list(self._tasks):
             task.cancel()
         steps = 0
