@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.simulator.life import Outcome, live  # noqa: E402
-from tests.simulator.variants import VARIANTS  # noqa: E402
+from tests.simulator.life import Outcome, live
+from tests.simulator.variants import VARIANTS
 
 
 def play(task: tuple[int, str | None]) -> Outcome | str:
@@ -33,7 +33,9 @@ def play(task: tuple[int, str | None]) -> Outcome | str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))

@@ -55,7 +55,7 @@ class Unsure:
 async def opened(store: MemoryStore, journal: Path, epoch: int) -> AsyncIterator[Roster]:
     slab, figures = ChainSlab(2), Null()
     roster = Roster(
-        slab=slab, vault=Vault(store, LAYOUT, epoch, on_damage=lambda _: pytest.fail("damaged")), journal=Journal(journal),
+        slab=slab, vault=Vault(store, LAYOUT, epoch, on_damage=pytest.fail), journal=Journal(journal),
         encoder=SimpleNamespace(spec=SPEC), figures=figures, persist_tokens=10**6,  # type: ignore[arg-type]
     )  # fmt: skip
     roster.writer = ChainWriter(slab)  # type: ignore[assignment]

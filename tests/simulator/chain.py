@@ -127,4 +127,3 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
         decoder=SimpleNamespace(config=SimpleNamespace(remembers=True)), close=lambda: None
     )
     return MemoryKeeper(options, engine=engine, roster=roster, tokenizer=Null(), figures=figures)
-

@@ -92,7 +92,9 @@ class Ledger:
             self.breach(f"{name} lists a file twice")
         stored = self._stored(name.removesuffix("HEAD") + newest.file)
         if stored is None or hash_of(stored) != newest.hash:
-            self.breach(f"{name} lists {newest.file}, which {'is not there' if stored is None else 'differs'}")
+            self.breach(
+                f"{name} lists {newest.file}, which {'is not there' if stored is None else 'differs'}"
+            )
 
     def _head(self, name: str) -> Head:
         stored = self._stored(name)
@@ -120,14 +122,18 @@ class Ledger:
         self.acks.append(ack)
         self.unconfirmed += ack.unconfirmed
         if answer.duplicate is False and answer.tokens != len(call.tokens):
-            self.breach(f"{call.update_id}: {len(call.tokens)} tokens were sent, {answer.tokens} acknowledged")
+            self.breach(
+                f"{call.update_id}: {len(call.tokens)} tokens were sent, {answer.tokens} acknowledged"
+            )
         overtaken_at = min(
             (other.left_at for other in self.acks if other.user == ack.user and other.epoch > ack.epoch),
             default=float("inf"),
         )
         in_time = ack.durable_at <= ack.confirmed_at < overtaken_at
         if overtaken_at <= ack.left_at and not in_time and not ack.unconfirmed:
-            self.breach(f"{call.update_id} was acknowledged under epoch {ack.epoch}, after a newer owner had answered")
+            self.breach(
+                f"{call.update_id} was acknowledged under epoch {ack.epoch}, after a newer owner had answered"
+            )
 
     # -- at the end ------------------------------------------------------------------------------------------
 

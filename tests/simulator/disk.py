@@ -156,4 +156,3 @@ def simulated_disk(world: World) -> Iterator[None]:
         patch.object(handover, "time", clock),
     ):
         yield
-

@@ -48,7 +48,9 @@ class Shard:
 class Fleet:
     """One cluster: its journals, its captains, and the shard that each name stands for now."""
 
-    def __init__(self, world: World, name: str, journals: Path, shards: int, answers_lost: float = 0.0) -> None:
+    def __init__(
+        self, world: World, name: str, journals: Path, shards: int, answers_lost: float = 0.0
+    ) -> None:
         self.world, self.name, self.journals, self.shards = world, name, journals, shards
         self.answers_lost = answers_lost
         self.living: dict[str, Shard] = {}
@@ -133,7 +135,9 @@ class Captain:
         await asyncio.gather(*(self._keep(index, cold) for index in range(self.fleet.shards)))
 
     def _hand_over(self, current: ShardMap) -> None:
-        hand_over(self.fleet.journals, lambda key: shard_name(current.owner_of(key)), ProcessJournal, wait_s=5.0)
+        hand_over(
+            self.fleet.journals, lambda key: shard_name(current.owner_of(key)), ProcessJournal, wait_s=5.0
+        )
 
     async def _keep(self, index: int, take_over: bool) -> None:
         while True:

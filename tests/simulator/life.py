@@ -14,7 +14,7 @@ import numpy as np
 
 from actors.messages import IngestCall
 from cluster.mapstore import read_map
-from cluster.shardmap import shard_name
+from cluster.shardmap import ShardMap, shard_name
 from storage import objects
 from storage.errors import NoSuchMemory
 from storage.names import UserKey
@@ -85,6 +85,7 @@ class Life:
         self.two_disks = world.rng.random() < 0.3
         self.fleets: list[Fleet] = []
         self.talking = len(USERS)
+        self.maps: dict[tuple[str, UserKey], ShardMap] = {}
         self.doors = [Process(world, f"door{n}") for n in range(2)]
 
     def run(self) -> tuple[tuple[str, ...], ...]:
@@ -154,12 +155,16 @@ class Life:
         return await self._ask(store, fleet, call.key, "ingest", call)
 
     async def _ask(self, store: MemoryStore, fleet: Fleet, key: UserKey, method: str, *args: Any) -> Any:
-        current = await asyncio.to_thread(read_map, store)
+        """One call, by the map that this door has of this cluster: a failure makes it read the map anew."""
+        where = (fleet.name, key)
+        current = self.maps.pop(where, None) or await asyncio.to_thread(read_map, store)
         index = current.owner_of(key) if current else 0
         shard = fleet.living.get(shard_name(index))
         if current is None or shard is None:
             raise Gone(shard_name(index))
-        return await fleet.ask(shard, method, *args, current.epochs[index])
+        answer = await fleet.ask(shard, method, *args, current.epochs[index])
+        self.maps[where] = current
+        return answer
 
     def _fleet(self) -> Fleet:
         """Where a door sends: after a take-over some still send to the old cluster."""
@@ -247,7 +252,9 @@ class Life:
         for shard in self.fleets[-1].living.values():
             for resident in shard.actor._keeper.roster.slab.residents():
                 if resident.dirty:
-                    self.ledger.breach(f"{resident.key}: version {resident.memory_version} is not stored in time of rest")
+                    self.ledger.breach(
+                        f"{resident.key}: version {resident.memory_version} is not stored in time of rest"
+                    )
 
     def _final(self) -> tuple[tuple[str, ...], ...]:
         """What a cluster that starts afresh on disk and store serves."""
@@ -259,7 +266,9 @@ class Life:
             while len(found) < len(USERS):
                 for key in USERS:
                     try:
-                        file = await asyncio.wait_for(self._ask(store, fleet, key, "export", key), ANSWER_TIMEOUT_S)
+                        file = await asyncio.wait_for(
+                            self._ask(store, fleet, key, "export", key), ANSWER_TIMEOUT_S
+                        )
                         found[key] = history_in(file)
                     except NoSuchMemory:
                         found[key] = []

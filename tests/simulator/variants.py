@@ -1,6 +1,6 @@
 """The product, broken on purpose: each variant takes one rule away, by name, and the checker must see it.
 
-A checker that cannot fail proves nothing. Every variant is a context in which one function of the real code is replaced.
+A checker that cannot fail proves nothing. A variant is a context in which a function of the real code is replaced.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def fenced_goes_on() -> Iterator[None]:
         with contextlib.suppress(Fenced):
             await original(self)
 
-    with patch.object(Gate, "confirm", confirm), patch.object(MemoryShard, "_noticed", lambda self, error: None):
+    with (
+        patch.object(Gate, "confirm", confirm),
+        patch.object(MemoryShard, "_noticed", lambda self, error: None),
+    ):
         yield
 
 
@@ -92,7 +95,9 @@ def old_epoch_may_store() -> AbstractContextManager[object]:
 
 def version_name_without_epoch() -> AbstractContextManager[object]:
     """Two owners write one version under one name."""
-    return patch.object(VersionInfo, "file", property(lambda self: f"v{self.version:012d}-e00000000.titanmem"))
+    return patch.object(
+        VersionInfo, "file", property(lambda self: f"v{self.version:012d}-e00000000.titanmem")
+    )
 
 
 def retry_under_a_new_id() -> AbstractContextManager[object]:

@@ -26,7 +26,7 @@ class Killed(BaseException):
 
 
 class World:
-    """Virtual time, the heap of what is going to happen, and who is running now. One at a time in one Python process."""
+    """Virtual time, the heap of what is going to happen, and who is running now. One at a time in a Python process."""
 
     current: World
 
