@@ -54,7 +54,11 @@ class Vault:
 
         A damaged version is reported and the one before it taken. Raises its error when no version can be read, and
         WrongBase when the newest belongs to another model: an older one would be an older memory, not a better one.
+
+        Whoever owned the user before can store nothing from here on: a version of theirs that came in now would count
+        chunks that our journal counts otherwise, and a replay would pass over ours. Raises Fenced when we are older.
         """
+        self.store.claim(key, epoch=self.epoch)
         versions = self.store.versions(key)
         if not versions:
             return None, 0

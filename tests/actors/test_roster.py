@@ -15,12 +15,12 @@ import pytest
 from actors.roster import Roster
 from actors.slab import Resident
 from actors.vault import Vault
-from storage.errors import StoreUnavailable
+from storage.errors import Fenced, StoreUnavailable
 from storage.journal import Journal
 from storage.names import UserKey
 from storage.objects import Objects, open_objects
 from storage.store import MemoryStore
-from tests.simulator.chain import LAYOUT, SPEC, ChainSlab, ChainWriter, Null
+from tests.simulator.chain import LAYOUT, SPEC, ChainSlab, ChainWriter, Null, history
 
 ALICE = UserKey("local", "alice")
 
@@ -88,6 +88,21 @@ async def test_a_put_whose_answer_was_lost_is_repeated_as_it_was(tmp_path: Path,
         assert not resident.dirty
         assert [info.version for info in store.versions(ALICE)] == [1]
         assert store.get(ALICE).memory_version == 1, "the file is the one that HEAD lists"
+
+
+async def test_the_owner_before_stores_nothing_once_the_user_has_come_in_elsewhere(tmp_path: Path) -> None:
+    """Else its version would hide what the journal of the newer owner holds: seed 3 of the simulator."""
+    store = MemoryStore(open_objects(f"file://{tmp_path}/store"))
+    async with opened(store, tmp_path / "before", epoch=1) as before, before.turn(ALICE) as old:
+        await tell(before, old, "one")
+        assert await before.store(old)
+        async with opened(store, tmp_path / "after", epoch=2) as after, after.turn(ALICE) as resident:
+            await tell(after, resident, "two")
+            await tell(before, old, "lost")
+            with pytest.raises(Fenced):
+                await before.store(old)
+    async with opened(store, tmp_path / "after", epoch=3) as again, again.turn(ALICE) as resident:
+        assert history(again.slab.written_SHD[resident.slot].chain) == ["one", "two"]  # type: ignore[attr-defined]
 
 
 async def test_a_put_of_the_owner_before_that_comes_late_is_passed(tmp_path: Path) -> None:
