@@ -246,7 +246,8 @@ class Life:
         self._calm()
         for fleet in self.fleets:
             fleet.kill()
-        newest = self.fleets[-1]
+        took_over = self.ledger.saved is not None
+        newest = self.fleets[-1 if took_over or not self.two_disks else 0]
         self._begin("peace", newest.journals, self.world.rng.randint(1, 3))
 
     def _all_is_stored(self) -> None:
