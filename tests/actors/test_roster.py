@@ -91,7 +91,7 @@ async def test_a_put_whose_answer_was_lost_is_repeated_as_it_was(tmp_path: Path,
 
 
 async def test_the_owner_before_stores_nothing_once_the_user_has_come_in_elsewhere(tmp_path: Path) -> None:
-    """Else its version would hide what the journal of the newer owner holds: seed 3 of the simulator."""
+    """Else its version would hide what the journal of the newer owner holds. The simulator found it."""
     store = MemoryStore(open_objects(f"file://{tmp_path}/store"))
     async with opened(store, tmp_path / "before", epoch=1) as before, before.turn(ALICE) as old:
         await tell(before, old, "one")
