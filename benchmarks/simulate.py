@@ -43,8 +43,12 @@ def main() -> int:
     options = parser.parse_args()
     started, failed, acknowledged, unconfirmed = time.monotonic(), 0, 0, 0
     tasks = [(seed, options.variant) for seed in range(options.first, options.first + options.seeds)]
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        for outcome in pool.imap_unordered(play, tasks, chunksize=8):
+    with contextlib.ExitStack() as stack:
+        played = map(play, tasks)
+        if options.jobs > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(options.jobs))
+            played = pool.imap_unordered(play, tasks, chunksize=8)
+        for outcome in played:
             if isinstance(outcome, str):
                 failed += 1
                 print(outcome, flush=True)

@@ -13,7 +13,8 @@ from tests.simulator.life import live
 from tests.simulator.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
-SEEDS = 2_000
+SEEDS = 300
+"""About a minute of two cores; `benchmarks/simulate.py --seeds 10000` plays more."""
 SEEDS_OF_A_VARIANT = 300
 
 
