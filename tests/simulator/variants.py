@@ -135,6 +135,9 @@ def journals_not_handed_over() -> AbstractContextManager[object]:
     return patch.object(fleet, "hand_over", lambda *_, **__: None)
 
 
+RARE = frozenset({"unconditional_head", "old_epoch_may_store", "version_name_without_epoch"})
+"""Breaches that take more seeds than the suite plays; `benchmarks/simulate.py --variant NAME` looks for them."""
+
 VARIANTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     broken.__name__: broken
     for broken in (
