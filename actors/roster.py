@@ -34,6 +34,7 @@ from storage.errors import (
     StoreError,
     StoreUnfit,
     TitanmemError,
+    VersionConflict,
 )
 from storage.journal import Journal
 from storage.memory import SEEN_MAX, Memory
@@ -285,8 +286,8 @@ class Roster:
         found = await self.check(resident)
         if found is not None:
             return found.action is not Action.WAIT
-        version, chunk = resident.memory_version, resident.last_chunk_id
-        await self._save(version, lambda: self.vault.image(resident, self.slab))
+        chunk = resident.last_chunk_id
+        version = await self._save(resident.memory_version, lambda: self._put_state(resident))
         resident.stored_version, resident.tokens_since_stored = version, 0
         before, resident.stored_chunk_id = resident.stored_chunk_id, chunk
         await self.in_fold_pool(self.watch.mark, resident)
@@ -317,30 +318,47 @@ class Roster:
         """
         self.vault.reservoir_of(memory, self.spec)
         newer = self.vault.successor(memory, resident, falls=falls, frozen=frozen)
-        await self._save(newer.memory_version, lambda: newer)
+        await self._save(newer.memory_version, lambda: self._put(newer))
         await asyncio.to_thread(self.vault.restore, newer, resident, self.slab)
         await self.in_fold_pool(self.watch.mark, resident)
 
-    async def _save(self, version: int, image: Callable[[], Memory]) -> None:
+    async def _save(self, version: int, put: Callable[[], int]) -> int:
+        """The version under which `put` stored it."""
         started = time.perf_counter()
         try:
             with continued({}, "store", titan__memory_version=version):
-                await self._in_store_pool(self._put, image)
+                stored = await self._in_store_pool(put)
         except StoreError as error:
             self._figures.store_errors.add("put")
             if isinstance(error, Fenced):
                 self.fenced = error
             raise
         self._figures.persist_s.observe(time.perf_counter() - started)
+        return stored
 
-    def _put(self, image: Callable[[], Memory]) -> None:
-        memory = image()
+    def _put_state(self, resident: Resident) -> int:
+        image = resident.unsettled
+        if image is None or image.memory_version != resident.memory_version:
+            image = resident.unsettled = self.vault.image(resident, self.slab)
+        # Until its outcome is known, the same bytes are sent: a put that arrives late lists the file that is there.
+        try:
+            version = self._put(image)
+        except VersionConflict as conflict:
+            # A put of the owner before us came in after we had looked: ours goes on from its number.
+            resident.memory_version = max(resident.memory_version, conflict.found) + 1
+            image = resident.unsettled = self.vault.image(resident, self.slab)
+            version = self._put(image)
+        resident.unsettled = None
+        return version
+
+    def _put(self, memory: Memory) -> int:
         try:
             self.vault.put(memory)
         except Forgotten:
             # The user was erased, and has been told something since: a new memory begins.
             self.vault.store.clear_tombstone(memory.key, self.vault.epoch)
             self.vault.put(memory)
+        return memory.memory_version
 
     async def flush(self, idle_s: float = 0.0) -> int:
         """Store all residents whose user has been idle for `idle_s`; how many were stored.

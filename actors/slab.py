@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from storage.memory import Memory
 from storage.names import UserKey
 from titanmem import bounds
 from titanmem.probes import Probes
@@ -90,6 +91,8 @@ class Resident:
     """Newest version in the store."""
     stored_chunk_id: int = 0
     """Last chunk of that version. The journal is trimmed to it only when the next version is stored."""
+    unsettled: Memory | None = None
+    """What was last sent to the store and may or may not be there: it is sent again as it is."""
     tokens_since_stored: int = 0
     probes: Probes | None = None
     """What the newest stored version answers; None before there is one."""

@@ -83,9 +83,14 @@ class Vault:
         A damaged version is reported and the one before it taken; a HEAD that is damaged or gone is made anew from the
         versions. Raises WrongBase when the newest belongs to another model: an older one would be an older memory, not
         a better one.
+
+        Whoever owned the user before can store nothing from here on: a version of theirs that came in now would count
+        chunks that our journal counts otherwise, and a replay would pass over ours. Raises Fenced when we are older.
         """
         try:
-            versions = self._listed(key)
+            self._listed(key)
+            self.store.claim(key, epoch=self.epoch)
+            versions = self.store.versions(key)
         except BadMemoryFile as error:
             return Found(problem=error)
         if not versions:
@@ -225,7 +230,7 @@ class Vault:
             key=resident.key,
             epoch=self.epoch,
             memory_version=max(resident.memory_version, memory.memory_version) + 1,
-            last_chunk_id=max(resident.journaled_chunk_id, memory.last_chunk_id),
+            last_chunk_id=max(resident.journaled_chunk_id, memory.last_chunk_id) + 1,
             created_at=datetime.now(UTC),
             seen=np.array(list(seen)[-SEEN_MAX:], dtype=np.uint64),
             stats={**memory.stats, "falls": float(falls), "frozen": float(frozen)},

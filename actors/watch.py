@@ -104,7 +104,7 @@ class Watch:
     def _judged(
         self, resident: Resident, asked: int, right: Callable[[Slab, int], int], *, rested: bool
     ) -> Finding:
-        good, _ = self._vault.newest(resident.key)
+        good = self._vault.newest(resident.key).memory
         assert good is not None, "there are probes, so there is a stored version"
         apart = Slab(self._slab.spec, 1, self._slab.written_SHD.device)
         again = self._again(resident, good, apart)

@@ -62,6 +62,10 @@ class Head:
     def newest(self) -> VersionInfo | None:
         return self.versions[0] if self.versions else None
 
+    def ends_with(self, new: VersionInfo) -> bool:
+        """Whether `new` is the newest version already, pinned or not."""
+        return self.newest is not None and self.newest == replace(new, pinned=self.newest.pinned)
+
     def find(self, key: UserKey, version: int | None) -> VersionInfo:
         """The entry of `version`, or of the newest one. Raises `NoSuchMemory`."""
         for info in self.versions:
