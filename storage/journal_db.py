@@ -10,7 +10,7 @@ from pathlib import Path
 from storage.disk import flush_folder
 from storage.errors import JournalCorrupt, JournalError, JournalFull
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _APPLICATION_ID = 0x5454414E
 WAL_BYTES_KEPT = 64 << 20
 _MOVE_AWAY = (
@@ -22,7 +22,8 @@ _SCHEMA = f"""
 CREATE TABLE segments (
     owner TEXT NOT NULL, first_chunk INTEGER NOT NULL, last_chunk INTEGER NOT NULL,
     update_id TEXT NOT NULL, conversation TEXT NOT NULL, role TEXT NOT NULL,
-    context BLOB NOT NULL, tokens BLOB NOT NULL, crc INTEGER NOT NULL,
+    context BLOB NOT NULL, tokens BLOB NOT NULL, epoch INTEGER NOT NULL DEFAULT 0, crc INTEGER NOT NULL,
+    replicated INTEGER NOT NULL DEFAULT 0,
     UNIQUE (owner, last_chunk));
 CREATE TABLE updates (
     owner TEXT NOT NULL, update_id TEXT NOT NULL, outcome TEXT, at REAL NOT NULL,
@@ -31,6 +32,12 @@ CREATE TABLE seen (
     n INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, hash INTEGER NOT NULL,
     UNIQUE (owner, hash));
 PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+_FROM_VERSION_1 = f"""
+ALTER TABLE segments ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE segments ADD COLUMN replicated INTEGER NOT NULL DEFAULT 0;
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 
@@ -123,6 +130,8 @@ def _check_content(path: Path, db: sqlite3.Connection) -> None:
         db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
     elif application != _APPLICATION_ID:
         raise JournalError(f"{path}: this SQLite database is not a journal of titanmem", path=str(path))
+    elif version == 1:
+        db.executescript(f"BEGIN IMMEDIATE; {_FROM_VERSION_1} COMMIT;")
     elif version != SCHEMA_VERSION:
         raise JournalError(
             f"{path}: version of the journal: expected {SCHEMA_VERSION}, found {version}. "
