@@ -20,6 +20,7 @@ import xxhash
 
 from actors.errors import QueueFull
 from actors.figures import Figures
+from actors.replicator import Replicator
 from actors.slab import Resident, Slab
 from actors.vault import Vault
 from actors.writer import SlotWriter
@@ -51,10 +52,10 @@ class Roster:
     """Residents of one shard and their way in, on and out."""
 
     def __init__(
-        self, *, slab: Slab, vault: Vault, journal: Journal, encoder: Encoder, figures: Figures, persist_tokens: int,
-        clock: Callable[[], float] = time.monotonic,
+        self, *, slab: Slab, vault: Vault, journal: Journal, replicator: Replicator, encoder: Encoder,
+        figures: Figures, persist_tokens: int, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self.slab, self.vault, self.journal = slab, vault, journal
+        self.slab, self.vault, self.journal, self.replicator = slab, vault, journal, replicator
         self.spec, self.writer = encoder.spec, SlotWriter(slab, encoder, figures)
         self._figures, self._persist_tokens, self._clock = figures, persist_tokens, clock
         self._fold_pool = ThreadPoolExecutor(1, "fold")
@@ -101,7 +102,7 @@ class Roster:
         return self._clock() - resident.used_at_s
 
     async def _activate(self, key: UserKey) -> Resident:
-        """Newest valid version into a slot, then what the journal holds beyond it."""
+        """Newest valid version into a slot, then what the journal or the store's copy of it holds beyond it."""
         async with self._placing:
             if not self.slab.has_room():
                 await self._evict_one()
@@ -111,6 +112,9 @@ class Roster:
             newest, listed = await self._in_store_pool(self.vault.newest, key)
             if newest is not None:
                 self.vault.restore(newest, resident, self.slab)
+            await self.replicator.bring_back(
+                key, after_chunk_id=resident.last_chunk_id, epoch=newest.epoch if newest else 0
+            )
             for value in self.journal.seen(key):
                 self._remember(resident, value)
             for segment in self.journal.pending(key, resident.last_chunk_id):
@@ -122,7 +126,7 @@ class Roster:
             )
         except BaseException:
             resident.users -= 1
-            self.slab.release(resident)
+            self.drop(resident)
             raise
         resident.users -= 1
         return resident
@@ -146,6 +150,7 @@ class Roster:
         users, resident.users = resident.users, 0
         self.slab.release(resident)
         resident.users = users
+        self.replicator.leave(resident.key)
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -161,6 +166,7 @@ class Roster:
             context=np.ascontiguousarray(context[-self.spec.window :], dtype=np.int32),
             tokens=np.ascontiguousarray(tokens, dtype=np.int32),
             first_chunk_id=first, last_chunk_id=first + -(-len(tokens) // self.spec.chunk_size) - 1,
+            epoch=self.vault.epoch,
         )  # fmt: skip
 
     async def append(self, resident: Resident, segment: Segment, seen: Sequence[int] = ()) -> bool:
@@ -170,6 +176,7 @@ class Roster:
             self._remember(resident, value)
         if appended.duplicate:
             return False
+        self.replicator.add(segment, seen)
         resident.journaled_chunk_id = segment.last_chunk_id
         return True
 
@@ -251,6 +258,7 @@ class Roster:
         before, resident.stored_chunk_id = resident.stored_chunk_id, chunk
         if before:
             await asyncio.wrap_future(self.journal.trim(resident.key, before))
+            await self.replicator.trim(resident.key, before)
         return True
 
     def _put(self, resident: Resident) -> None:
@@ -276,6 +284,7 @@ class Roster:
         for task in list(self._stores.values()):
             task.cancel()
         await asyncio.gather(*self._stores.values(), return_exceptions=True)
+        await self.replicator.close()
         self._fold_pool.shutdown()
         self._store_pool.shutdown()
 
