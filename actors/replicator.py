@@ -170,6 +170,22 @@ class Replicator:
         `epoch` 0: there is no version. The caller holds the user's turn. Raises JournalCorrupt when an object that is
         needed is damaged, StoreUnavailable when it cannot be read.
         """
+        waiting = await self._stop(key)
+        try:
+            missing = await self._bring_back(key, after_chunk_id, epoch)
+        except BaseException:
+            missing = self._journal.unreplicated(key)
+            raise
+        finally:
+            if self._active:
+                self._resume(key, missing)
+            if key in self._backlogs:
+                self._backlogs[key].waiting += waiting
+            else:
+                _release(waiting)
+
+    async def _bring_back(self, key: UserKey, after_chunk_id: int, epoch: int) -> list[Segment]:
+        """The same; returns the segments that the store lacks."""
         pieces = await self._in_pool(self._segments.pieces, key)
         self._pieces[key] = set(pieces)
         behind = [p for p in pieces if p.seal is None and p.last_chunk_id > after_chunk_id]
@@ -191,11 +207,11 @@ class Replicator:
         held = [segment for segment in chain if _id(segment) in _ids(remote)]
         await self._settle(key, local, chain, held, packets, after_chunk_id)
         if self._active:
-            own = epoch == self._options.epoch or any(piece.epoch == self._options.epoch for piece in pieces)
-            if not own and (chain or epoch):
+            begun = {epoch, *(seal.epoch for seal in seals), *(segment.epoch for segment in remote)}
+            if self._options.epoch not in begun and (chain or epoch):
                 seal = Seal(first_chunk_id=reach + 1, epoch=self._options.epoch)
                 self._pieces[key].add(await self._in_pool(self._segments.seal, key, seal))
-            self._resume(key, [segment for segment in chain if _id(segment) not in _ids(held)])
+        return [segment for segment in chain if _id(segment) not in _ids(held)]
 
     def _read(
         self, key: UserKey, pieces: Iterable[Piece]
@@ -254,14 +270,19 @@ class Replicator:
     async def forget(self, key: UserKey) -> None:
         """Stops all writing for a user; nothing of theirs is on its way to the store when it returns."""
         self.leave(key)
+        _release(await self._stop(key))
+
+    async def _stop(self, key: UserKey) -> list[asyncio.Future[None]]:
+        """Ends a user's task and what it is writing; returns who waits for it."""
         backlog = self._backlogs.pop(key, None)
         if backlog is None:
-            return
+            return []
         assert backlog.task is not None, "a backlog has a task from the start"
         backlog.task.cancel()
+        await asyncio.gather(backlog.task, return_exceptions=True)
         if backlog.writing is not None:
             await asyncio.to_thread(wait, [backlog.writing])
-        _release(backlog.waiting)
+        return backlog.waiting
 
     async def close(self) -> None:
         """Stop; what is not replicated yet is in the journal, and is taken up at the next start."""
