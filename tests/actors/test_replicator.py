@@ -77,6 +77,12 @@ class Node:
         if disk:
             shutil.rmtree(self.folder)
 
+    def content(self, file: str) -> bytes:
+        """The bytes of one of the user's objects."""
+        found = self.store.objects.get(segments_folder(ALICE) + file)
+        assert found is not None
+        return found[0]
+
     def files(self) -> list[str]:
         return [piece.file for piece in self.store.segments.pieces(ALICE)]
 
@@ -260,13 +266,13 @@ async def test_objects_go_when_versions_hold_them_also_those_of_older_epochs(ope
 async def test_forgetting_leaves_nothing_behind_nor_on_its_way(opened: Open) -> None:
     async with opened("sync", 1) as node:
         await node.tell(1)
-        piece = node.store.segments.pieces(ALICE)[0]
-        late = node.store.objects.get(segments_folder(ALICE) + piece.file)
+        (file,) = node.files()
+        late = node.content(file)
         await node.replicator.forget(ALICE)
         node.journal.forget(ALICE)
         removed = node.store.delete(ALICE, epoch=1)
-        assert removed == [segments_folder(ALICE) + piece.file]
-        node.store.objects.put(removed[0], late[0])
+        assert removed == [segments_folder(ALICE) + file]
+        node.store.objects.put(removed[0], late)
         assert await node.come_in() == [], "what arrives after the tombstone is not read, and goes"
         assert node.files() == []
         await node.tell(1, "anew")
@@ -327,7 +333,7 @@ async def test_a_damaged_object_that_is_needed_is_an_error_that_names_it(opened:
     async with opened("sync", 1) as node:
         await node.tell(1)
         name = segments_folder(ALICE) + node.files()[0]
-        data = bytearray(node.store.objects.get(name)[0])
+        data = bytearray(node.content(node.files()[0]))
         data[-1] ^= 1
         node.store.objects.put(name, bytes(data))
         assert await node.come_in() == ["u1"], "the journal has it"
