@@ -190,10 +190,8 @@ class Replicator:
         self._pieces[key] = set(pieces)
         behind = [p for p in pieces if p.seal is None and p.last_chunk_id > after_chunk_id]
         packets, damaged = await self._in_pool(self._read, key, behind)
-        local, seals = (
-            self._journal.pending(key, after_chunk_id),
-            [p.seal for p in pieces if p.seal is not None],
-        )
+        local = self._journal.pending(key, after_chunk_id)
+        seals = [seal for seal in (piece.seal for piece in pieces) if seal is not None]
         remote = [segment for packet in packets for segment in packet.segments]
         chain = follow([*local, *remote], after_chunk_id=after_chunk_id, epoch=epoch, seals=seals)
         if not epoch and chain and chain[0].first_chunk_id > 1 and _id(chain[0]) not in _ids(local):
@@ -202,7 +200,10 @@ class Replicator:
             chain, packets, remote = local, [], []
         reach = chain[-1].last_chunk_id if chain else after_chunk_id
         for piece, error in damaged:
-            if piece.last_chunk_id > reach and piece.epoch >= epoch:
+            newest = max(
+                (seal.epoch for seal in seals if seal.first_chunk_id <= piece.first_chunk_id), default=epoch
+            )
+            if piece.last_chunk_id > reach and piece.epoch >= newest:
                 raise error
         held = [segment for segment in chain if _id(segment) in _ids(remote)]
         await self._settle(key, local, chain, held, packets, after_chunk_id)

@@ -80,7 +80,7 @@ async def test_sync_ends_with_a_named_error_and_a_retry_is_written_once(options,
         call = chat(model, ALICE, ("user", "my dog's name is Rex7."))
         with monkeypatch.context() as patch:
             patch.setattr(keeper.roster.vault.store.segments, "put", broken)
-            with pytest.raises(NotReplicated, match="local/alice.*the store is away"):
+            with pytest.raises(NotReplicated, match=r"local/alice.*the store is away"):
                 await collect(keeper.chat(call))
             with pytest.raises(NotReplicated):
                 await keeper.ingest(piece(ALICE, 1))
