@@ -200,9 +200,7 @@ class Replicator:
             chain, packets, remote = local, [], []
         reach = chain[-1].last_chunk_id if chain else after_chunk_id
         for piece, error in damaged:
-            newest = max(
-                (seal.epoch for seal in seals if seal.first_chunk_id <= piece.first_chunk_id), default=epoch
-            )
+            newest = max([epoch, *(s.epoch for s in seals if s.first_chunk_id <= piece.first_chunk_id)])
             if piece.last_chunk_id > reach and piece.epoch >= newest:
                 raise error
         held = [segment for segment in chain if _id(segment) in _ids(remote)]
