@@ -12,9 +12,9 @@ from storage.chain import Seal
 from storage.errors import JournalCorrupt
 from storage.names import UserKey
 from storage.segment import Segment, segment_to_row
-from storage.segments import SEGMENTS_MAX, Packet, Piece, decode_packet, encode_packet, segments_folder
+from storage.segments import Packet, Piece, decode_packet, encode_packet, segments_folder
 from storage.store import MemoryStore
-from tests.storage.samples import ALICE, NOON, make_memory, make_segment
+from tests.storage.samples import ALICE, NOON, make_segment
 
 BOB = UserKey("local", "bob")
 HEADER = (
@@ -111,11 +111,3 @@ def test_another_users_object_is_refused(folder_store: MemoryStore) -> None:
     folder_store.objects.put(segments_folder(ALICE) + piece.file, found[0])
     with pytest.raises(JournalCorrupt, match="belongs to local/bob"):
         folder_store.segments.read(ALICE, piece)
-
-
-def test_segments_are_in_nobodys_way_who_restores(folder_store: MemoryStore) -> None:
-    store = folder_store
-    store.segments.put(ALICE, [make_segment(chunk) for chunk in range(1, SEGMENTS_MAX + 1)], [], epoch=3)
-    assert list(store.users()) == []
-    store.put(make_memory(), epoch=9)
-    assert store.get(ALICE).epoch == 9, "what epoch 3 has after it is void: `storage.chain`"
