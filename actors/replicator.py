@@ -41,6 +41,9 @@ class _Backlog:
     last_chunk_id: int = 0
     segments: int = 0
     seen: list[int] = field(default_factory=list)
+    resumed: bool = False
+    """Of an earlier start: which hashes belong to it is not known any more, so all that the journal has go along. The
+    user has not come in yet, so none of them is of a segment that does not."""
     waiting: list[asyncio.Future[None]] = field(default_factory=list)
     writing: Future[Piece] | None = None
     task: asyncio.Task[None] | None = None
@@ -68,8 +71,8 @@ class Replicator:
         """Begin with what an earlier start of this shard has left unreplicated, whoever asks for it or not."""
         if self._active:
             self._watch = asyncio.create_task(self._alert())
-            for key in self._journal.users_unreplicated():
-                self._resume(key, self._journal.unreplicated(key))
+            for key, (count, last_chunk_id) in self._journal.users_unreplicated().items():
+                self._resume(key, count, last_chunk_id).resumed = True
 
     # -- to the store -----------------------------------------------------------------------------------------
 
@@ -108,12 +111,11 @@ class Replicator:
             backlog.task = asyncio.create_task(self._replicate(key, backlog))
         return backlog
 
-    def _resume(self, key: UserKey, segments: Sequence[Segment]) -> None:
-        """A backlog that is known from the journal only; which of its hashes belong to it is not known any more."""
-        if segments and key not in self._backlogs:
-            backlog = self._backlog(key)
-            backlog.last_chunk_id, backlog.segments = segments[-1].last_chunk_id, len(segments)
-            backlog.seen = self._journal.seen(key)
+    def _resume(self, key: UserKey, count: int, last_chunk_id: int) -> _Backlog:
+        """A backlog of what the journal has and nobody added here."""
+        backlog = self._backlog(key)
+        backlog.segments, backlog.last_chunk_id = count, last_chunk_id
+        return backlog
 
     async def _replicate(self, key: UserKey, backlog: _Backlog) -> None:
         """Until the store holds everything: the oldest segments as one object, again after a failure."""
@@ -148,8 +150,9 @@ class Replicator:
             backlog.waiting, backlog.seen = [], []
         try:
             if segments:
+                hashes = self._journal.seen(key) if backlog.resumed and not more else seen
                 epoch = self._options.epoch
-                backlog.writing = self._pool.submit(self._segments.put, key, segments, seen, epoch=epoch)
+                backlog.writing = self._pool.submit(self._segments.put, key, segments, hashes, epoch=epoch)
                 piece = await asyncio.wrap_future(backlog.writing)
                 if key in self._pieces:
                     self._pieces[key].add(piece)
@@ -170,19 +173,20 @@ class Replicator:
         `epoch` 0: there is no version. The caller holds the user's turn. Raises JournalCorrupt when an object that is
         needed is damaged, StoreUnavailable when it cannot be read.
         """
-        waiting = await self._stop(key)
+        before = await self._stop(key) or _Backlog(since_s=self._clock())
+        missing: list[Segment] = []
         try:
             missing = await self._bring_back(key, after_chunk_id, epoch)
         except BaseException:
             missing = self._journal.unreplicated(key)
             raise
         finally:
-            if self._active:
-                self._resume(key, missing)
-            if key in self._backlogs:
-                self._backlogs[key].waiting += waiting
+            if self._active and missing:
+                backlog = self._resume(key, len(missing), missing[-1].last_chunk_id)
+                backlog.seen, backlog.since_s = self._journal.seen(key), before.since_s
+                backlog.waiting = before.waiting
             else:
-                _release(waiting)
+                _release(before.waiting)
 
     async def _bring_back(self, key: UserKey, after_chunk_id: int, epoch: int) -> list[Segment]:
         """The same; returns the segments that the store lacks."""
@@ -269,19 +273,20 @@ class Replicator:
     async def forget(self, key: UserKey) -> None:
         """Stops all writing for a user; nothing of theirs is on its way to the store when it returns."""
         self.leave(key)
-        _release(await self._stop(key))
+        stopped = await self._stop(key)
+        _release(stopped.waiting if stopped else ())
 
-    async def _stop(self, key: UserKey) -> list[asyncio.Future[None]]:
-        """Ends a user's task and what it is writing; returns who waits for it."""
+    async def _stop(self, key: UserKey) -> _Backlog | None:
+        """Ends a user's task and what it is writing; returns what it had."""
         backlog = self._backlogs.pop(key, None)
         if backlog is None:
-            return []
+            return None
         assert backlog.task is not None, "a backlog has a task from the start"
         backlog.task.cancel()
         await asyncio.gather(backlog.task, return_exceptions=True)
         if backlog.writing is not None:
             await asyncio.to_thread(wait, [backlog.writing])
-        return backlog.waiting
+        return backlog
 
     async def close(self) -> None:
         """Stop; what is not replicated yet is in the journal, and is taken up at the next start."""

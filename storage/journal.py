@@ -130,10 +130,10 @@ class Journal:
         """The user's oldest segments that are not marked as held by the shared store, at most `most`, in order."""
         return self._segments("NOT replicated", (str(key),), most)
 
-    def users_unreplicated(self) -> list[UserKey]:
-        """Users with segments that are not marked as held by the shared store."""
-        sql = "SELECT DISTINCT owner FROM segments WHERE NOT replicated ORDER BY owner"
-        return [UserKey.parse(row[0]) for row in self._query(sql)]
+    def users_unreplicated(self) -> dict[UserKey, tuple[int, int]]:
+        """Users with segments that are not marked as held by the shared store: how many, and the last one's chunk."""
+        sql = "SELECT owner, count(*), max(last_chunk) FROM segments WHERE NOT replicated GROUP BY owner"
+        return {UserKey.parse(owner): (count, last) for owner, count, last in self._query(sql)}
 
     def mark_replicated(self, segments: Sequence[Segment]) -> Future[None]:
         """Remembers that the shared store holds these segments."""
@@ -155,7 +155,7 @@ class Journal:
         """
         rows, hashes = [segment_to_row(segment) for segment in segments], [_signed(h) for h in seen]
         kept, marked = {segment.update_id for segment in segments}, {segment.update_id for segment in held}
-        owner, size = str(key), sum(segment.bytes + ROW_OVERHEAD_BYTES for segment in segments)
+        owner = str(key)
 
         def change(db: sqlite3.Connection) -> None:
             sql = "SELECT update_id FROM segments WHERE owner = ? AND last_chunk > ?"
@@ -173,7 +173,8 @@ class Journal:
             db.executemany("UPDATE segments SET replicated = 1 WHERE owner = ? AND update_id = ?", done)
             _remember(db, owner, hashes)
 
-        return self._writer.submit(change, size)
+        # However full the journal is: what was acknowledged comes in.
+        return self._writer.submit(change)
 
     def seen(self, key: UserKey) -> list[int]:
         """Hashes (uint64) of what was written for the user, newest last, at most `SEEN_MAX`."""

@@ -290,7 +290,7 @@ async def test_a_store_that_is_away_costs_replicated_users_nothing_but_an_alert(
             for chunk in (1, 2):
                 await node.tell(chunk)
             await until(lambda: bool(caplog.records))
-            assert "2 segments of 1 users are not in the store" in caplog.text
+            assert "segments of 1 users are not in the store" in caplog.text
             assert "the store is away" in caplog.text
             assert node.replicator.backlog() == 2
             assert node.replicator.lag_s() > 0.1

@@ -448,10 +448,10 @@ def test_the_store_holds_what_is_marked(journal: Journal) -> None:
         journal.append(segment).result()
     journal.mark_replicated(segments[:2]).result()
     assert [s.last_chunk_id for s in journal.unreplicated(ALICE)] == [3]
-    assert journal.users_unreplicated() == [ALICE]
+    assert journal.users_unreplicated() == {ALICE: (1, 3)}
     assert [s.last_chunk_id for s in journal.unreplicated(ALICE, most=0)] == []
     journal.mark_replicated(segments[2:]).result()
-    assert journal.users_unreplicated() == []
+    assert journal.users_unreplicated() == {}
 
 
 def test_another_owners_segments_take_the_place_of_these(journal: Journal) -> None:
