@@ -108,8 +108,16 @@ def _move(source: JournalLike, target: JournalLike, key: UserKey) -> int:
     if known - {segment.update_id for segment in pending}:
         # The user was here before, and one of the two journals is older: appended in turn they would be neither.
         chain = follow([*there, *pending])
+        kept = {(segment.update_id, segment.epoch) for segment in chain}
+        # Which hashes belong to a segment that has to go is not known: then none of its journal's says "written".
+        hashes = [
+            value
+            for segments, values in ((there, target.seen(key)), (pending, seen))
+            if all((segment.update_id, segment.epoch) in kept for segment in segments)
+            for value in values
+        ]
         pending = [segment for segment in pending if segment in chain]
-        target.replace(key, chain, held=(), seen=[*target.seen(key), *seen]).result(COMMIT_TIMEOUT_S)
+        target.replace(key, chain, held=(), seen=hashes).result(COMMIT_TIMEOUT_S)
     # The hashes go with the first segment, so that they are there as soon as any segment is.
     appended = [target.append(segment, seen if n == 0 else ()) for n, segment in enumerate(pending)]
     for future in appended:
