@@ -104,6 +104,7 @@ def test_of_two_journals_that_know_a_user_the_newer_epochs_segments_count(tmp_pa
     hand_over(tmp_path, owner_among(2), Journal)
     with journal(tmp_path, "shard-1") as opened:
         found = [(item.first_chunk_id, item.epoch) for item in opened.pending(USERS[1])]
+        assert opened.seen(USERS[1]) == [23, 24], "of the older journal nobody can tell which are void"
     assert found == [(1, 1), (2, 1), (3, 2), (4, 2)]
     with journal(tmp_path, "shard-0") as opened:
         assert opened.users_pending() == []
