@@ -338,7 +338,7 @@ def test_files_that_are_no_journal(path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 9")
     db.close()
-    with pytest.raises(JournalError, match="expected 1, found 9"):
+    with pytest.raises(JournalError, match="expected 2, found 9"):
         Journal(path)
 
 
