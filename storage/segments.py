@@ -137,8 +137,8 @@ class SegmentStore:
         if packet.key != key:
             raise _corrupt(f"{self._objects.url}: {name}", f"it belongs to {packet.key}")
         stone = self._tombstones.read(key)
-        erased = stone is not None and piece.epoch <= stone[0]["epoch"]
-        if erased and packet.created_at <= datetime.fromisoformat(stone[0]["forgotten_at"]):
+        forgotten_at = datetime.fromisoformat(stone[0]["forgotten_at"]) if stone else None
+        if stone and forgotten_at and piece.epoch <= stone[0]["epoch"] and packet.created_at <= forgotten_at:
             self._objects.delete(name)  # it came too late to be erased with the rest
             return None
         return packet
