@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from actors.roster import Roster
 
 LOCK_BUCKETS_S = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.1)
 PERSIST_BUCKETS_S = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -22,6 +27,13 @@ class Figures:
         self.recall = self._gauge("titan:recall_probe", "Mean share of residents' recall probes answered.")
         self.journal_bytes = self._gauge(
             "titan:journal_bytes", "Bytes of acknowledged tokens in the journal."
+        )
+        self.replication_backlog = self._gauge(
+            "titan:replication_backlog", "Segments in the journal that the store does not hold yet."
+        )
+        self.replication_lag_s = self._gauge(
+            "titan:replication_lag_seconds",
+            "Age of the oldest acknowledged segment that is not in the store.",
         )
         self.running = self._gauge("vllm:num_requests_running", "Conversations that hold a lane.")
         self.waiting = self._gauge("vllm:num_requests_waiting", "Conversations that wait for a lane.")
@@ -54,6 +66,21 @@ class Figures:
 
     def _counter(self, name: str, text: str, label: str) -> Labelled:
         return Labelled(Counter(name, text, ["shard", label], registry=self.registry), self._shard)
+
+    def of_roster(self, roster: Roster) -> None:
+        """Sets the gauges of residents, journal and replication."""
+        residents, journal, replicator = roster.slab.residents(), roster.journal, roster.replicator
+        self.resident_users.set(len(residents))
+        self.slots_total.set(roster.slab.slots)
+        self.frozen_users.set(len(roster.watch.frozen))
+        self.recall.set(sum(r.recall for r in residents) / len(residents) if residents else 1.0)
+        self.journal_bytes.set(journal.bytes())
+        self.replication_backlog.set(replicator.backlog())
+        self.replication_lag_s.set(replicator.lag_s())
+        seen = sum(resident.tokens_seen for resident in residents)
+        self.surprise_rate.set(sum(r.tokens_written for r in residents) / seen if seen else 0.0)
+        norms = [roster.slab.norm(resident) for resident in residents]
+        self.utilisation.set(sum(norms) / len(norms) / roster.spec.max_norm if norms else 0.0)
 
     def text(self) -> bytes:
         """Prometheus text."""

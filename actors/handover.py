@@ -5,6 +5,9 @@ hold segments of users that another shard owns now. Before any shard serves, eac
 conversation hashes and outcomes go to the new owner's journal, and only when they are durable there are they
 removed from the old one. A crash in between leaves them in both; the next start does it again, and a journal
 takes every update id once.
+
+Only journals in this node's folder take part. With durability `replicated` or `sync` the new owner finds in the store
+what a journal on another node holds, and where both know a user, the newer epoch's segments count.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from actors.options import JOURNAL_SUFFIX, journal_path
+from storage.chain import follow
 from storage.errors import JournalError
 from storage.names import UserKey
 
@@ -36,6 +40,9 @@ class JournalLike(Protocol):
     """The part of `storage.journal.Journal` that a handover needs."""
 
     def append(self, segment: Any, seen: Sequence[int] = ()) -> Future[Any]: ...
+    def replace(
+        self, key: UserKey, segments: Sequence[Any], *, held: Sequence[Any], seen: Sequence[int] = ()
+    ) -> Future[Any]: ...
     def set_outcome(self, key: UserKey, update_id: str, outcome: dict[str, Any]) -> Future[Any]: ...
     def outcome(self, key: UserKey, update_id: str) -> dict[str, Any] | None: ...
     def pending(self, key: UserKey, after_chunk_id: int = 0) -> list[Any]: ...
@@ -96,6 +103,21 @@ def _move(source: JournalLike, target: JournalLike, key: UserKey) -> int:
     """All of one user, oldest first; returns the number of segments."""
     pending = source.pending(key)
     seen = source.seen(key)
+    there = target.pending(key)
+    known = {segment.update_id for segment in there}
+    if known - {segment.update_id for segment in pending}:
+        # The user was here before, and one of the two journals is older: appended in turn they would be neither.
+        chain = follow([*there, *pending])
+        kept = {(segment.update_id, segment.epoch) for segment in chain}
+        # Which hashes belong to a segment that has to go is not known: then none of its journal's says "written".
+        hashes = [
+            value
+            for segments, values in ((there, target.seen(key)), (pending, seen))
+            if all((segment.update_id, segment.epoch) in kept for segment in segments)
+            for value in values
+        ]
+        pending = [segment for segment in pending if segment in chain]
+        target.replace(key, chain, held=(), seen=hashes).result(COMMIT_TIMEOUT_S)
     # The hashes go with the first segment, so that they are there as soon as any segment is.
     appended = [target.append(segment, seen if n == 0 else ()) for n, segment in enumerate(pending)]
     for future in appended:

@@ -16,6 +16,7 @@ from actors.errors import MemoryFrozen, NoMemoryWeights, QueueFull, no_memory
 from actors.figures import Figures
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from actors.options import KeeperOptions
+from actors.replicator import Replicator
 from actors.roster import Roster, document_id
 from actors.slab import Resident, Slab
 from actors.turn import Turn, joined, update_hash
@@ -91,7 +92,8 @@ class MemoryKeeper:
                 async with self.roster.turn(call.key) as resident:
                     outcome = await self._ingest(resident, call)
                     self.roster.store_soon(resident)
-                    return outcome
+                await self.roster.replicator.durable(call.key)
+                return outcome
         finally:
             self._busy -= 1
 
@@ -224,6 +226,7 @@ class MemoryKeeper:
             version = resident.memory_version
             self.roster.drop(resident)
             self.roster.watch.frozen.discard(key)
+            await self.roster.replicator.forget(key)
             segments = await asyncio.to_thread(self.roster.journal.forget, key)
             store, epoch = self.roster.vault.store, self.roster.vault.epoch
             removed = await asyncio.to_thread(lambda: store.delete(key, epoch=epoch))
@@ -248,15 +251,10 @@ class MemoryKeeper:
             own = [key for key in store.users() if self.owns(key)]
             return {key: max((info.version for info in store.versions(key)), default=0) for key in own}
 
-        pending = {key: 0 for key in self.roster.journal.users_pending() if self.owns(key)}
+        pending = dict.fromkeys(await self._pending(), 0)
         versions = {**pending, **await asyncio.to_thread(stored), **resident}
         return [
-            {
-                "tenant": key.tenant,
-                "user": key.user,
-                "resident": key in resident,
-                "memory_version": version,
-            }
+            {"tenant": key.tenant, "user": key.user, "resident": key in resident, "memory_version": version}
             for key, version in sorted(versions.items())
         ]
 
@@ -281,6 +279,17 @@ class MemoryKeeper:
 
         return await asyncio.to_thread(write)
 
+    async def _activate_pending(self) -> None:
+        """Users whose newest tokens are in the journal only come in, so that they can be stored."""
+        for key in sorted(await self._pending()) if self._remembers else ():
+            async with self.roster.turn(key):
+                pass
+
+    async def _pending(self) -> set[UserKey]:
+        """Own users with segments, here or in the store."""
+        users = await asyncio.to_thread(self.roster.replicator.users)
+        return {key for key in (*users, *self.roster.journal.users_pending()) if self.owns(key)}
+
     async def stats(self) -> dict[str, Any]:
         """Load of this shard, for the coordinator and the console."""
         self._gauge()
@@ -297,18 +306,9 @@ class MemoryKeeper:
         return self._figures.text()
 
     def _gauge(self) -> None:
-        figures, residents = self._figures, self.roster.slab.residents()
-        figures.resident_users.set(len(residents))
-        figures.slots_total.set(self.roster.slab.slots)
-        figures.frozen_users.set(len(self.roster.watch.frozen))
-        figures.recall.set(sum(r.recall for r in residents) / len(residents) if residents else 1.0)
-        figures.running.set(self.engine.running)
-        figures.waiting.set(self.engine.waiting)
-        figures.journal_bytes.set(self.roster.journal.bytes())
-        seen = sum(resident.tokens_seen for resident in residents)
-        figures.surprise_rate.set(sum(r.tokens_written for r in residents) / seen if seen else 0.0)
-        norms = [self.roster.slab.norm(resident) for resident in residents]
-        figures.utilisation.set(sum(norms) / len(norms) / self.roster.spec.max_norm if norms else 0.0)
+        self._figures.running.set(self.engine.running)
+        self._figures.waiting.set(self.engine.waiting)
+        self._figures.of_roster(self.roster)
 
     async def _store_idle(self) -> None:
         while True:
@@ -380,10 +380,12 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     vault = Vault(store, layout, options.epoch, on_damage=figures.rollbacks.add)
     options.journal.parent.mkdir(parents=True, exist_ok=True)
     journal = await asyncio.to_thread(Journal, options.journal)
+    replicator = Replicator(journal, store.segments, options, figures)
     roster = Roster(
-        slab=slab, vault=vault, journal=journal, encoder=Encoder(decoder, spec), figures=figures,
-        persist_tokens=options.persist_tokens, consolidates=options.consolidate_after_s > 0,
+        slab=slab, vault=vault, journal=journal, replicator=replicator, encoder=Encoder(decoder, spec),
+        figures=figures, persist_tokens=options.persist_tokens, consolidates=options.consolidate_after_s > 0,
     )  # fmt: skip
+    replicator.start()
     engine = Engine(decoder, slab)
     engine.start()
     return MemoryKeeper(

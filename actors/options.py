@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-DURABILITIES: tuple[str, ...] = ("local",)
-"""When an answer may end: `local` = its tokens are in the journal on this node's disk."""
+DURABILITIES: tuple[str, ...] = ("local", "replicated", "sync")
+"""When an answer may end: `local` = its tokens are in the journal on this node's disk; `replicated` = the same, and the
+shared store has them at most `replicate_interval_s` later; `sync` = the store has them."""
 
 JOURNAL_SUFFIX = ".journal"
 
@@ -48,6 +49,11 @@ class KeeperOptions:
     queue_max: int = 256
     """Requests that may wait in this shard; more are refused with `QueueFull`."""
     durability: str = "local"
+    """One of DURABILITIES."""
+    replicate_interval_s: float = 2.0
+    """With durability `replicated`: how long after an answer its tokens are in the store at the latest."""
+    sync_timeout_s: float = 10.0
+    """With durability `sync`: how long an answer waits for the store before it ends with `NotReplicated`."""
     seed: int = 0
     """Of sampling, where a request brings none."""
 

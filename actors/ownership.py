@@ -120,25 +120,28 @@ class Gate:
     Reads are shared: all who wait while one read runs share the next one, so the number of reads is bounded
     by their own speed and not by the traffic.
 
-    When the store cannot be reached, nobody can claim through it either, and the answer goes out under the
-    promise of durability `local`, which is about this node's disk; `unconfirmed` counts these answers.
+    When the store cannot be reached, the answer goes out all the same under the promises of durability `local`
+    and `replicated`, which are about this node's disk; `unconfirmed` counts these answers. A `strict` gate raises:
+    under `sync` another node may have begun without what this one has written.
     """
 
-    def __init__(self, read: Callable[[], None]) -> None:
+    def __init__(self, read: Callable[[], None], *, strict: bool = False) -> None:
         """`read` blocks, and raises `Fenced` when the epoch is over; it runs in a thread."""
-        self._read = read
+        self._read, self._strict = read, strict
         self._running: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
         self.unconfirmed = 0
         self.reads = 0
 
     async def confirm(self) -> None:
-        """Returns when the caller may acknowledge; raises `Fenced`."""
+        """Returns when the caller may acknowledge; raises `Fenced`, and `StoreUnavailable` when it is strict."""
         if self._next is None:
             self._next = asyncio.create_task(self._after(self._running))
         try:
             await asyncio.shield(self._next)
         except StoreUnavailable:
+            if self._strict:
+                raise
             self.unconfirmed += 1
 
     async def _after(self, running: asyncio.Task[None] | None) -> None:

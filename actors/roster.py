@@ -21,6 +21,7 @@ import xxhash
 from actors.errors import QueueFull
 from actors.figures import Figures
 from actors.guard import Action
+from actors.replicator import Replicator
 from actors.slab import Resident, Slab
 from actors.vault import Found, Vault
 from actors.watch import Finding, Watch
@@ -28,13 +29,11 @@ from actors.writer import SlotWriter
 from storage.errors import (
     BadMemoryFile,
     Fenced,
-    Forgotten,
     JournalCorrupt,
     JournalError,
     StoreError,
     StoreUnfit,
     TitanmemError,
-    VersionConflict,
 )
 from storage.journal import Journal
 from storage.memory import SEEN_MAX, Memory
@@ -63,10 +62,10 @@ class Roster:
     """Residents of one shard and their way in, on and out."""
 
     def __init__(
-        self, *, slab: Slab, vault: Vault, journal: Journal, encoder: Encoder, figures: Figures, persist_tokens: int,
-        consolidates: bool = True, clock: Callable[[], float] = time.monotonic,
+        self, *, slab: Slab, vault: Vault, journal: Journal, replicator: Replicator, encoder: Encoder,
+        figures: Figures, persist_tokens: int, consolidates: bool = True, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self.slab, self.vault, self.journal = slab, vault, journal
+        self.slab, self.vault, self.journal, self.replicator = slab, vault, journal, replicator
         self.spec, self.writer = encoder.spec, SlotWriter(slab, encoder, figures)
         self.watch = Watch(slab, vault, journal, encoder, figures, consolidates=consolidates)
         self._figures, self._persist_tokens, self._clock = figures, persist_tokens, clock
@@ -114,7 +113,7 @@ class Roster:
         return self._clock() - resident.used_at_s
 
     async def _activate(self, key: UserKey) -> Resident:
-        """Newest valid version into a slot, then what the journal holds beyond it."""
+        """Newest valid version into a slot, then what the journal or the store's copy of it holds beyond it."""
         async with self._placing:
             if not self.slab.has_room():
                 await self._evict_one()
@@ -125,6 +124,9 @@ class Roster:
             if found.memory is not None:
                 self.vault.restore(found.memory, resident, self.slab)
                 await self.in_fold_pool(self.watch.mark, resident)
+            await self.replicator.bring_back(
+                key, after_chunk_id=resident.last_chunk_id, epoch=found.memory.epoch if found.memory else 0
+            )
             for value in self.journal.seen(key):
                 self._remember(resident, value)
             pending = self.journal.pending(key, resident.last_chunk_id)
@@ -145,7 +147,7 @@ class Roster:
             )
         except BaseException:
             resident.users -= 1
-            self.slab.release(resident)
+            self.drop(resident)
             raise
         resident.users -= 1
         return resident
@@ -191,6 +193,7 @@ class Roster:
         users, resident.users = resident.users, 0
         self.slab.release(resident)
         resident.users = users
+        self.replicator.leave(resident.key)
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -206,6 +209,7 @@ class Roster:
             context=np.ascontiguousarray(context[-self.spec.window :], dtype=np.int32),
             tokens=np.ascontiguousarray(tokens, dtype=np.int32),
             first_chunk_id=first, last_chunk_id=first + -(-len(tokens) // self.spec.chunk_size) - 1,
+            epoch=self.vault.epoch,
         )  # fmt: skip
 
     async def append(self, resident: Resident, segment: Segment, seen: Sequence[int] = ()) -> bool:
@@ -215,6 +219,7 @@ class Roster:
             self._remember(resident, value)
         if appended.duplicate:
             return False
+        self.replicator.add(segment, seen)
         resident.journaled_chunk_id = segment.last_chunk_id
         return True
 
@@ -287,13 +292,14 @@ class Roster:
         if found is not None:
             return found.action is not Action.WAIT
         chunk = resident.last_chunk_id
-        version = await self._save(resident.memory_version, lambda: self._put_state(resident))
+        version = await self._save(resident.memory_version, lambda: self.vault.put_state(resident, self.slab))
         resident.stored_version, resident.tokens_since_stored = version, 0
         before, resident.stored_chunk_id = resident.stored_chunk_id, chunk
         await self.in_fold_pool(self.watch.mark, resident)
         if before:
             try:
                 await asyncio.wrap_future(self.journal.trim(resident.key, before))
+                await self.replicator.trim(resident.key, before)
             except JournalError as error:  # stored it is: the next version's trim takes these segments too
                 logger.warning("%s: the journal keeps what is stored, for now: %s", resident.key, error)
         return True
@@ -318,7 +324,7 @@ class Roster:
         """
         self.vault.reservoir_of(memory, self.spec)
         newer = self.vault.successor(memory, resident, falls=falls, frozen=frozen)
-        await self._save(newer.memory_version, lambda: self._put(newer))
+        await self._save(newer.memory_version, lambda: self.vault.put_over(newer))
         await asyncio.to_thread(self.vault.restore, newer, resident, self.slab)
         await self.in_fold_pool(self.watch.mark, resident)
 
@@ -335,30 +341,6 @@ class Roster:
             raise
         self._figures.persist_s.observe(time.perf_counter() - started)
         return stored
-
-    def _put_state(self, resident: Resident) -> int:
-        image = resident.unsettled
-        if image is None or image.memory_version != resident.memory_version:
-            image = resident.unsettled = self.vault.image(resident, self.slab)
-        # Until its outcome is known, the same bytes are sent: a put that arrives late lists the file that is there.
-        try:
-            version = self._put(image)
-        except VersionConflict as conflict:
-            # A put of the owner before us came in after we had looked: ours goes on from its number.
-            resident.memory_version = max(resident.memory_version, conflict.found) + 1
-            image = resident.unsettled = self.vault.image(resident, self.slab)
-            version = self._put(image)
-        resident.unsettled = None
-        return version
-
-    def _put(self, memory: Memory) -> int:
-        try:
-            self.vault.put(memory)
-        except Forgotten:
-            # The user was erased, and has been told something since: a new memory begins.
-            self.vault.store.clear_tombstone(memory.key, self.vault.epoch)
-            self.vault.put(memory)
-        return memory.memory_version
 
     async def flush(self, idle_s: float = 0.0) -> int:
         """Store all residents whose user has been idle for `idle_s`; how many were stored.
@@ -384,6 +366,7 @@ class Roster:
         for task in list(self._stores.values()):
             task.cancel()
         await asyncio.gather(*self._stores.values(), return_exceptions=True)
+        await self.replicator.close()
         self._fold_pool.shutdown()
         self._store_pool.shutdown()
 

@@ -87,7 +87,7 @@ class MemoryShard:
         read = partial(confirm, store, self._shard, self._epoch)
         await asyncio.to_thread(read)
         await asyncio.to_thread(wait_until_free, options.keeper.journal, LOCK_WAIT_S)
-        self._gate = Gate(read)
+        self._gate = Gate(read, strict=options.keeper.durability == "sync")
         self._keeper = await resolve(options.open_keeper)(replace(options.keeper, buckets=options.buckets))
         self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._state = "ready"

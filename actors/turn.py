@@ -60,6 +60,7 @@ class Turn:
                     async with self.roster.turn(self.call.key) as resident:
                         done = await self._remembering(resident)
                         self.roster.store_soon(resident)
+                await self.roster.replicator.durable(self.call.key)
             self.events.put_nowait(done)
         except BaseException as error:
             self.events.put_nowait(error)

@@ -20,6 +20,7 @@ from actors.slab import Resident, Slab
 from storage.errors import (
     BadMemoryFile,
     CorruptIndex,
+    Forgotten,
     NoSuchMemory,
     StoreUnfit,
     VersionConflict,
@@ -235,6 +236,31 @@ class Vault:
             seen=np.array(list(seen)[-SEEN_MAX:], dtype=np.uint64),
             stats={**memory.stats, "falls": float(falls), "frozen": float(frozen)},
         )
+
+    def put_state(self, resident: Resident, slab: Slab) -> int:
+        """Store what is in the resident's slot; the version under which it is stored now. As `put`."""
+        image = resident.unsettled
+        if image is None or image.memory_version != resident.memory_version:
+            image = resident.unsettled = self.image(resident, slab)
+        # Until its outcome is known, the same bytes are sent: a put that arrives late lists the file that is there.
+        try:
+            version = self.put_over(image)
+        except VersionConflict as conflict:
+            # A put of the owner before us came in after we had looked: ours goes on from its number.
+            resident.memory_version = max(resident.memory_version, conflict.found) + 1
+            image = resident.unsettled = self.image(resident, slab)
+            version = self.put_over(image)
+        resident.unsettled = None
+        return version
+
+    def put_over(self, memory: Memory) -> int:
+        """`put`, also for a user who was erased and has been told something since; the memory's version."""
+        try:
+            self.put(memory)
+        except Forgotten:  # a new memory begins
+            self.store.clear_tombstone(memory.key, self.epoch)
+            self.put(memory)
+        return memory.memory_version
 
     def put(self, memory: Memory) -> None:
         """Make a memory the newest stored version; Fenced when a newer epoch has written."""

@@ -71,7 +71,11 @@ class Config:
     ingress_replicas: int = 1
     """Stateless HTTP replicas, 1 to 64."""
     durability: str = "local"
-    """What an answer waits for: local = its tokens are in the journal on the shard's disk."""
+    """What an answer waits for: local = its tokens are in the journal on the shard's disk; replicated = the same, and
+    they are in the store at most `replicate_interval_s` later; sync = they are in the store."""
+    replicate_interval_s: float = 2.0
+    """With `durability` replicated: seconds after which the store has what was acknowledged, 0.1 to 3,600. It is
+    what the loss of a node with its disk may cost."""
     persist_tokens: int = 4096
     """Tokens of a user between two stored versions, 256 to 65536."""
     idle_flush_s: float = 30.0
@@ -146,6 +150,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("ingress_replicas", 1, 64),
     ("persist_tokens", 256, 65536),
     ("idle_flush_s", 0.1, 86_400),
+    ("replicate_interval_s", 0.1, 3_600),
     ("seed", 0, 2**63 - 1),
 )
 _FIELDS = {f.name: f for f in dataclasses.fields(Config)}

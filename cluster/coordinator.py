@@ -225,6 +225,7 @@ class Coordinator:
             consolidate_after_s=config.consolidate_after_s,
             queue_max=config.queue_max,
             durability=config.durability,
+            replicate_interval_s=config.replicate_interval_s,
             seed=config.seed,
         )
         return ShardOptions(

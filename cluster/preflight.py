@@ -51,6 +51,11 @@ def remarks(config: Config) -> list[str]:
         said.append(f"memory is off for every request: {no_memory(str(folder))}")
     if ChatTokenizer(folder).has_plain_template:
         said.append(f"{folder} has no chat template: messages become lines `User: …` and `Assistant: …`")
+    if config.durability != "local" and config.store.startswith("file://"):
+        said.append(
+            f"durability {config.durability} with {config.store}: unless other nodes mount that folder, journal and "
+            "store are on this node, and losing it loses both; s3:// or redis:// is elsewhere"
+        )
     return said
 
 

@@ -59,6 +59,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     storage_errors.Fenced: Problem(409, SERVER, "fenced"),
     storage_errors.NoSuchMemory: Problem(404, REQUEST, "no_such_memory", "user"),
     storage_errors.Forgotten: Problem(410, REQUEST, "forgotten", "user"),
+    storage_errors.NotReplicated: Problem(503, SERVER, "not_replicated"),
     storage_errors.StoreUnavailable: Problem(503, SERVER, "store_unavailable"),
     storage_errors.StoreUnfit: Problem(503, SERVER, "store_unfit"),
     storage_errors.JournalFull: Problem(503, SERVER, "journal_full"),

@@ -17,6 +17,7 @@
     │   ├── Fenced             the writer's epoch is over
     │   ├── NoSuchMemory       nothing is stored under that name or version
     │   ├── StoreUnavailable   cannot be reached, or its answer is not known
+    │   │   └── NotReplicated  in the journal here, but not in the store in time; ask again
     │   └── StoreUnfit         reachable, but it breaks a rule that we depend on
     ├── Forgotten              the user has been erased and may not come back by a restore
     ├── JournalError
@@ -170,6 +171,13 @@ class NoSuchMemory(StoreError):
 
 class StoreUnavailable(StoreError):
     """The store cannot be reached in time, or the outcome of a write is not known."""
+
+
+class NotReplicated(StoreUnavailable):
+    """`durability = sync`: the update is in the journal of its shard, and was not in the store in time.
+
+    It will get there; asking again with the same update id waits for it and writes nothing twice.
+    """
 
 
 class StoreUnfit(StoreError):

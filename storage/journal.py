@@ -42,7 +42,8 @@ AGEING_INTERVAL_S = 3_600.0
 
 assert JOURNAL_BYTES_MIN > 4 * (SEGMENT_TOKENS_MAX + CONTEXT_TOKENS_MAX), "a segment fits into any journal"
 
-_COLUMNS = "owner, first_chunk, last_chunk, update_id, conversation, role, context, tokens, crc"
+_COLUMNS = "owner, first_chunk, last_chunk, update_id, conversation, role, context, tokens, epoch, crc"
+_INSERT = f"INSERT INTO segments ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +96,7 @@ class Journal:
                 return Appended(duplicate=True, outcome=json.loads(known[0]) if known[0] else None)
             self._check_order(db, segment)
             db.execute("INSERT INTO updates VALUES (?, ?, NULL, ?)", (owner, update_id, self._clock()))
-            db.execute(f"INSERT INTO segments ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            db.execute(_INSERT, row)
             _remember(db, owner, hashes)
             return Appended(duplicate=False)
 
@@ -123,11 +124,57 @@ class Journal:
 
     def pending(self, key: UserKey, after_chunk_id: int = 0) -> list[Segment]:
         """The user's segments that end after a chunk, in order. Raises `JournalCorrupt` for a damaged row."""
-        sql = f"SELECT {_COLUMNS} FROM segments WHERE owner = ? AND last_chunk > ? ORDER BY last_chunk"
-        try:
-            return [row_to_segment(row) for row in self._query(sql, (str(key), after_chunk_id))]
-        except ValueError as error:
-            raise JournalCorrupt(f"{self.path}: {error}", path=str(self.path)) from error
+        return self._segments("last_chunk > ?", (str(key), after_chunk_id))
+
+    def unreplicated(self, key: UserKey, most: int = -1) -> list[Segment]:
+        """The user's oldest segments that are not marked as held by the shared store, at most `most`, in order."""
+        return self._segments("NOT replicated", (str(key),), most)
+
+    def users_unreplicated(self) -> dict[UserKey, tuple[int, int]]:
+        """Users with segments that are not marked as held by the shared store: how many, and the last one's chunk."""
+        sql = "SELECT owner, count(*), max(last_chunk) FROM segments WHERE NOT replicated GROUP BY owner"
+        return {UserKey.parse(owner): (count, last) for owner, count, last in self._query(sql)}
+
+    def mark_replicated(self, segments: Sequence[Segment]) -> Future[None]:
+        """Remembers that the shared store holds these segments."""
+        rows = [(str(segment.key), segment.update_id) for segment in segments]
+
+        def change(db: sqlite3.Connection) -> None:
+            db.executemany("UPDATE segments SET replicated = 1 WHERE owner = ? AND update_id = ?", rows)
+
+        return self._writer.submit(change)
+
+    def replace(
+        self, key: UserKey, segments: Sequence[Segment], *, held: Sequence[Segment], seen: Sequence[int] = (),
+        after_chunk_id: int = 0,
+    ) -> Future[None]:  # fmt: skip
+        """Puts `segments` in place of all that the user has after a chunk; those of `held` are in the shared store.
+
+        When one that was here is not among them, another owner has written since: then its update is not known any
+        more, and of the hashes that were here only those in `seen` stay.
+        """
+        rows, hashes = [segment_to_row(segment) for segment in segments], [_signed(h) for h in seen]
+        kept, marked = {segment.update_id for segment in segments}, {segment.update_id for segment in held}
+        owner = str(key)
+
+        def change(db: sqlite3.Connection) -> None:
+            sql = "SELECT update_id FROM segments WHERE owner = ? AND last_chunk > ?"
+            gone = [row for row in db.execute(sql, (owner, after_chunk_id)).fetchall() if row[0] not in kept]
+            db.execute("DELETE FROM segments WHERE owner = ? AND last_chunk > ?", (owner, after_chunk_id))
+            if gone:
+                db.executemany(
+                    "DELETE FROM updates WHERE owner = ? AND update_id = ?", [(owner, *g) for g in gone]
+                )
+                db.execute("DELETE FROM seen WHERE owner = ?", (owner,))
+            known = [(owner, segment.update_id, self._clock()) for segment in segments]
+            db.executemany("INSERT OR IGNORE INTO updates VALUES (?, ?, NULL, ?)", known)
+            db.executemany(_INSERT, rows)
+            done = [(owner, update_id) for update_id in marked]
+            db.executemany("UPDATE segments SET replicated = 1 WHERE owner = ? AND update_id = ?", done)
+            _remember(db, owner, hashes)
+
+        # However full the journal is: what was acknowledged comes in.
+        return self._writer.submit(change)
 
     def seen(self, key: UserKey) -> list[int]:
         """Hashes (uint64) of what was written for the user, newest last, at most `SEEN_MAX`."""
@@ -175,6 +222,13 @@ class Journal:
             self._reader.close()
         self._db.close()
         os.close(self._lock_handle)
+
+    def _segments(self, condition: str, values: tuple[Any, ...], most: int = -1) -> list[Segment]:
+        sql = f"SELECT {_COLUMNS} FROM segments WHERE owner = ? AND {condition} ORDER BY last_chunk LIMIT ?"
+        try:
+            return [row_to_segment(row) for row in self._query(sql, (*values, most))]
+        except ValueError as error:
+            raise JournalCorrupt(f"{self.path}: {error}", path=str(self.path)) from error
 
     def _query(self, sql: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         try:

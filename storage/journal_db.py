@@ -11,7 +11,7 @@ from storage.disk import flush_folder
 from storage.errors import JournalCorrupt, JournalError, JournalFull
 from storage.journal_wal import check_wal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _APPLICATION_ID = 0x5454414E
 WAL_BYTES_KEPT = 64 << 20
 _MOVE_AWAY = (
@@ -23,7 +23,8 @@ _SCHEMA = f"""
 CREATE TABLE segments (
     owner TEXT NOT NULL, first_chunk INTEGER NOT NULL, last_chunk INTEGER NOT NULL,
     update_id TEXT NOT NULL, conversation TEXT NOT NULL, role TEXT NOT NULL,
-    context BLOB NOT NULL, tokens BLOB NOT NULL, crc INTEGER NOT NULL,
+    context BLOB NOT NULL, tokens BLOB NOT NULL, epoch INTEGER NOT NULL DEFAULT 0, crc INTEGER NOT NULL,
+    replicated INTEGER NOT NULL DEFAULT 0,
     UNIQUE (owner, last_chunk));
 CREATE TABLE updates (
     owner TEXT NOT NULL, update_id TEXT NOT NULL, outcome TEXT, at REAL NOT NULL,
@@ -37,6 +38,12 @@ PRAGMA user_version = {SCHEMA_VERSION};
 # So that each value of `updates` stands in two places, as the unique keys have it for the other tables (the rest of a
 # segment has a CRC32): where they differ, the check of a start finds it.
 _TWICE = "CREATE INDEX IF NOT EXISTS updates_twice ON updates (owner, update_id, outcome, at)"
+
+_FROM_VERSION_1 = f"""
+ALTER TABLE segments ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE segments ADD COLUMN replicated INTEGER NOT NULL DEFAULT 0;
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
 
 
 def translate(path: Path, error: sqlite3.Error | UnicodeDecodeError) -> JournalError:
@@ -149,7 +156,9 @@ def _check_content(path: Path, db: sqlite3.Connection) -> None:
         raise JournalCorrupt(f"{path}: the journal has lost its tables. {_MOVE_AWAY}", path=str(path))
     if application != _APPLICATION_ID:
         raise JournalError(f"{path}: this SQLite database is not a journal of titanmem", path=str(path))
-    if version != SCHEMA_VERSION:
+    if version == 1:
+        db.executescript(f"BEGIN IMMEDIATE; {_FROM_VERSION_1} COMMIT;")
+    elif version != SCHEMA_VERSION:
         raise JournalError(
             f"{path}: version of the journal: expected {SCHEMA_VERSION}, found {version}. "
             "Start the release of titanmem that wrote it.",

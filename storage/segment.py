@@ -35,6 +35,8 @@ class Segment:
     """int32 [at most SEGMENT_TOKENS_MAX]: what is offered to the memory; of role `replay` one number, its passes."""
     first_chunk_id: int
     last_chunk_id: int
+    epoch: int = 0
+    """The writer's fencing epoch; 0 when it was written before segments had one."""
 
     def __post_init__(self) -> None:
         for name, array, longest in (
@@ -56,6 +58,8 @@ class Segment:
         if not 1 <= self.first_chunk_id <= self.last_chunk_id < 2**53:
             found = f"{self.first_chunk_id} to {self.last_chunk_id}"
             raise ValueError(f"chunk ids: {found}: expected first <= last, from 1 on")
+        if not 0 <= self.epoch < 10**8:
+            raise ValueError(f"epoch: {self.epoch}: expected 0 to 99999999")
 
     @property
     def bytes(self) -> int:
@@ -75,13 +79,14 @@ def segment_to_row(segment: Segment) -> tuple[object, ...]:
         segment.role,
         np.ascontiguousarray(segment.context, "<i4").tobytes(),
         np.ascontiguousarray(segment.tokens, "<i4").tobytes(),
+        segment.epoch,
     )
     return (*values, _crc(values))
 
 
 def row_to_segment(row: tuple[object, ...]) -> Segment:
     """The segment of a row. Raises `ValueError` when the row has changed since it was written."""
-    owner, first, last, update_id, conversation, role, context, tokens, crc = row
+    owner, first, last, update_id, conversation, role, context, tokens, epoch, crc = row
     if crc != _crc(row[:-1]):
         raise ValueError(f"segment {last} of {owner}: its CRC32 does not fit")
     return Segment(
@@ -93,13 +98,17 @@ def row_to_segment(row: tuple[object, ...]) -> Segment:
         tokens=np.frombuffer(cast(bytes, tokens), "<i4").astype(np.int32),
         first_chunk_id=cast(int, first),
         last_chunk_id=cast(int, last),
+        epoch=cast(int, epoch),
     )
 
 
 def _crc(values: tuple[object, ...]) -> int:
-    """CRC32 over lengths and bytes of all values, so that nothing can move from one to the next."""
+    """CRC32 over lengths and bytes of all values, so that nothing can move from one to the next.
+
+    An epoch of 0 is left out: a row from before there were epochs keeps the checksum that it was written with.
+    """
     crc = 0
-    for value in values:
+    for value in values if values[-1] else values[:-1]:
         raw = value if isinstance(value, bytes) else str(value).encode()
         crc = zlib.crc32(raw, zlib.crc32(len(raw).to_bytes(8, "little"), crc))
     return crc

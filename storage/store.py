@@ -2,6 +2,7 @@
 
 users/<tenant>/<user>/HEAD                                  which versions there are; swapped conditionally
 users/<tenant>/<user>/v000000000012-e00000003.titanmem      one version, never changed
+journal/<tenant>/<user>/…                                   segments that no version holds yet (`segments.py`)
 tombstones/<tenant>/<user>                                  the user was erased
 cluster/epoch, cluster/shardmap, cluster/owners/<shard>     records of the cluster
 """
@@ -32,6 +33,7 @@ from storage.head import Head, VersionInfo, hash_of, user_folder
 from storage.names import UserKey, check_name
 from storage.objects import Objects, open_objects
 from storage.records import SWAP_ATTEMPTS_MAX, RecordStore
+from storage.segments import SegmentStore, segments_folder
 from storage.titanmem import Memory, decode, encode
 from storage.tombstones import Tombstones
 
@@ -53,6 +55,7 @@ class MemoryStore(RecordStore):
     def __init__(self, objects: Objects, *, clock: Callable[[], datetime] = _now) -> None:
         super().__init__(objects)
         self.tombstones = Tombstones(self)
+        self.segments = SegmentStore(objects, self.tombstones, clock=clock)
         self._clock = clock
 
     def put(self, memory: Memory, *, epoch: int) -> VersionInfo:
@@ -235,7 +238,8 @@ class MemoryStore(RecordStore):
         self.tombstones.raise_one(key, max(epoch or 0, head.epoch), self._clock())
         removed: set[str] = set()
         for _ in range(DELETE_ROUNDS_MAX):
-            names = [info.name for info in self.objects.list(user_folder(key))]
+            folders = (user_folder(key), segments_folder(key))
+            names = [info.name for folder in folders for info in self.objects.list(folder)]
             if not names:
                 return sorted(removed)
             for name in sorted(names, key=lambda name: not name.endswith("/HEAD")):

@@ -21,6 +21,14 @@ class Mode(StrEnum):
     mal = "mal"
 
 
+class Durability(StrEnum):
+    """What an answer waits for."""
+
+    local = "local"
+    replicated = "replicated"
+    sync = "sync"
+
+
 @app.command(epilog="Example: titanmem serve --port 8000 --shards 2 --store file:///srv/titanmem")
 def serve(
     model: Annotated[
@@ -30,6 +38,14 @@ def serve(
     shards: Annotated[int | None, typer.Option("--shards", min=1, help="Shard actors.")] = None,
     store: Annotated[
         str | None, typer.Option("--store", help="file://, s3:// or redis:// URL where memories rest.")
+    ] = None,
+    durability: Annotated[
+        Durability | None,
+        typer.Option(
+            "--durability",
+            help="What an answer waits for: the journal on this disk (local), that and the store within 2 s "
+            "(replicated), or the store (sync).",
+        ),
     ] = None,
     host: Annotated[str | None, typer.Option("--host", help="Address to bind; default: loopback.")] = None,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port of the door.")] = None,
@@ -46,6 +62,7 @@ def serve(
         "mode": mode.value if mode else None,
         "shards": shards,
         "store": store,
+        "durability": durability.value if durability else None,
         "host": host,
         "port": port,
         "ray_address": ray_address,

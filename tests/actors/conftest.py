@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from actors.options import KeeperOptions
+from tests.storage.conftest import redis_url, s3_server, s3_url, shared_redis
 from tests.tiny_model import tiny_folder
+
+__all__ = ["redis_url", "s3_server", "s3_url", "shared_redis"]
+"""The servers of the storage room's tests, for what must hold on each kind of store."""
 
 
 @pytest.fixture(scope="module")

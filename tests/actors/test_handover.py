@@ -22,10 +22,11 @@ from storage.names import UserKey
 USERS = [UserKey("local", f"u{n}") for n in range(6)]
 
 
-def segment(key: UserKey, n: int) -> Segment:
+def segment(key: UserKey, n: int, epoch: int = 0) -> Segment:
     return Segment(
         key=key,
-        update_id=f"{key.user}-{n}",
+        update_id=f"{key.user}-{n}" + (f"-{epoch}" if epoch else ""),
+        epoch=epoch,
         conversation="c",
         role="user",
         context=np.zeros(0, np.int32),
@@ -90,6 +91,23 @@ def test_a_shard_that_no_longer_exists_gives_up_everything(tmp_path: Path) -> No
     assert hand_over(tmp_path, owner_among(1), Journal).users == 4
     assert contents(tmp_path, "shard-0") == {key.user: whole(key) for key in USERS}
     assert contents(tmp_path, "shard-1") == contents(tmp_path, "shard-2") == {}
+
+
+@pytest.mark.parametrize("old", ["shard-0", "shard-1"])
+def test_of_two_journals_that_know_a_user_the_newer_epochs_segments_count(tmp_path: Path, old: str) -> None:
+    """Another node owned the user for a while, and this node's journals are from before and after."""
+    new = {"shard-0": "shard-1", "shard-1": "shard-0"}[old]
+    for shard, epoch, chunks in ((old, 1, (1, 2, 3)), (new, 2, (3, 4))):
+        with journal(tmp_path, shard) as opened:
+            for n in chunks:
+                opened.append(segment(USERS[1], n, epoch), [epoch * 10 + n]).result(10)
+    hand_over(tmp_path, owner_among(2), Journal)
+    with journal(tmp_path, "shard-1") as opened:
+        found = [(item.first_chunk_id, item.epoch) for item in opened.pending(USERS[1])]
+        assert opened.seen(USERS[1]) == [23, 24], "of the older journal nobody can tell which are void"
+    assert found == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    with journal(tmp_path, "shard-0") as opened:
+        assert opened.users_pending() == []
 
 
 def test_no_journals_are_no_work(tmp_path: Path) -> None:

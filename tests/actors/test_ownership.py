@@ -151,6 +151,16 @@ async def test_one_that_gives_up_does_not_take_the_read_from_the_others() -> Non
         await impatient
 
 
+async def test_a_strict_gate_lets_nobody_through_who_may_be_fenced() -> None:
+    def read() -> None:
+        raise StoreUnavailable("away")
+
+    gate = Gate(read, strict=True)
+    with pytest.raises(StoreUnavailable, match="away"):
+        await gate.confirm()
+    assert gate.unconfirmed == 0
+
+
 async def test_a_store_that_is_away_is_counted_and_does_not_stop_the_answer() -> None:
     def read() -> None:
         raise StoreUnavailable("away")

@@ -20,7 +20,7 @@ from storage.journal import Journal
 from storage.names import UserKey
 from storage.objects import Objects, open_objects
 from storage.store import MemoryStore
-from tests.simulator.chain import LAYOUT, SPEC, ChainSlab, ChainWriter, Null, history
+from tests.simulator.chain import LAYOUT, SPEC, ChainSlab, ChainWriter, NoReplicas, Null, history
 
 ALICE = UserKey("local", "alice")
 
@@ -57,6 +57,7 @@ async def opened(store: MemoryStore, journal: Path, epoch: int) -> AsyncIterator
     roster = Roster(
         slab=slab, vault=Vault(store, LAYOUT, epoch, on_damage=pytest.fail), journal=Journal(journal),
         encoder=SimpleNamespace(spec=SPEC, values_VD=None), figures=figures, persist_tokens=10**6,  # type: ignore[arg-type]
+        replicator=NoReplicas(),  # type: ignore[arg-type]
     )  # fmt: skip
     roster.watch = Null()  # type: ignore[assignment]
     roster.writer = ChainWriter(slab)  # type: ignore[assignment]

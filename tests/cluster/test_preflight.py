@@ -54,6 +54,16 @@ def test_a_model_that_remembers_needs_no_remark(tmp_path: Path, model: Path) -> 
     assert remarks(config(tmp_path, model)) == []
 
 
+def test_a_store_on_the_journals_disk_is_remarked_on_when_it_is_to_outlive_the_disk(
+    tmp_path: Path, model: Path
+) -> None:
+    (said,) = remarks(config(tmp_path, model, durability="sync"))
+    assert said.startswith(
+        f"durability sync with file://{tmp_path}/store: unless other nodes mount that folder"
+    )
+    assert remarks(config(tmp_path, model, durability="sync", store="s3://bucket/prefix")) == []
+
+
 def test_a_checkpoint_without_memory_or_template_is_remarked_on(tmp_path: Path, model: Path) -> None:
     sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     llama = {"model_type": "llama", "num_attention_heads": 2, **sizes}

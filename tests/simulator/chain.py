@@ -110,6 +110,23 @@ class Null:
         return None
 
 
+class NoReplicas:
+    """Durability `local`, of which nothing is in the store."""
+
+    def users(self) -> tuple[()]:
+        return ()
+
+    def add(self, *_: Any) -> None:
+        pass
+
+    leave = add
+
+    async def durable(self, *_: Any, **__: Any) -> None:
+        pass
+
+    bring_back = trim = forget = close = durable
+
+
 async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     """The product's keeper, roster and vault over chains."""
     process = World.current.process
@@ -119,7 +136,8 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     vault = Vault(open_store(options.store_url), LAYOUT, options.epoch, on_damage=figures.rollbacks.add)
     journal = ProcessJournal(options.journal)
     roster = Roster(
-        slab=slab, vault=vault, journal=journal, encoder=SimpleNamespace(spec=SPEC, values_VD=None), figures=figures,
+        slab=slab, vault=vault, journal=journal, replicator=NoReplicas(), figures=figures,  # type: ignore[arg-type]
+        encoder=SimpleNamespace(spec=SPEC, values_VD=None),  # type: ignore[arg-type]
         persist_tokens=options.persist_tokens, clock=process.loop.time,
     )  # fmt: skip
     roster.watch = Null()  # type: ignore[assignment]

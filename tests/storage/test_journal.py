@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sqlite3
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -336,7 +338,7 @@ def test_files_that_are_no_journal(path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 9")
     db.close()
-    with pytest.raises(JournalError, match="expected 1, found 9"):
+    with pytest.raises(JournalError, match="expected 2, found 9"):
         Journal(path)
 
 
@@ -437,4 +439,46 @@ def test_what_was_acknowledged_survives_kill_9(path: Path, kill_after: int) -> N
     for number in acknowledged:
         assert journal.append(make_segment(number, tokens=300)).result().duplicate
     assert journal.append(make_segment(chunks[-1] + 1, tokens=300)).result() == NEW
+    journal.close()
+
+
+def test_the_store_holds_what_is_marked(journal: Journal) -> None:
+    segments = [make_segment(chunk) for chunk in (1, 2, 3)]
+    for segment in segments:
+        journal.append(segment).result()
+    journal.mark_replicated(segments[:2]).result()
+    assert [s.last_chunk_id for s in journal.unreplicated(ALICE)] == [3]
+    assert journal.users_unreplicated() == {ALICE: (1, 3)}
+    assert [s.last_chunk_id for s in journal.unreplicated(ALICE, most=0)] == []
+    journal.mark_replicated(segments[2:]).result()
+    assert journal.users_unreplicated() == {}
+
+
+def test_another_owners_segments_take_the_place_of_these(journal: Journal) -> None:
+    for chunk in (1, 2, 3):
+        journal.append(make_segment(chunk), seen=[chunk]).result()
+    new = [make_segment(2), make_segment(3, update_id="new")]
+    journal.replace(ALICE, new, held=new[1:], seen=[9], after_chunk_id=1).result()
+    assert [s.update_id for s in journal.pending(ALICE)] == ["update-1", "update-2", "new"]
+    assert [s.update_id for s in journal.unreplicated(ALICE)] == ["update-1", "update-2"]
+    assert journal.seen(ALICE) == [9]
+    assert journal.append(make_segment(4, update_id="new")).result().duplicate
+    assert not journal.append(make_segment(4, update_id="update-3")).result().duplicate, (
+        "it is not known any more"
+    )
+
+
+def test_a_journal_of_version_1_is_brought_up_to_date(path: Path) -> None:
+    journal = Journal(path)
+    journal.append(make_segment(1), seen=[7]).result()
+    journal.close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(
+            "ALTER TABLE segments DROP COLUMN epoch; ALTER TABLE segments DROP COLUMN replicated; "
+            "PRAGMA user_version = 1;"
+        )
+    journal = Journal(path)
+    assert [(s.update_id, s.epoch) for s in journal.pending(ALICE)] == [("update-1", 0)]
+    journal.append(replace(make_segment(2), epoch=5)).result()
+    assert [s.epoch for s in journal.pending(ALICE)] == [0, 5]
     journal.close()

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
+from storage.chain import follow
 from storage.errors import (
     BadMemoryFile,
     Fenced,
@@ -48,7 +49,7 @@ from storage.snapshot import (
 from storage.snapshot_part import PartReader
 from storage.store import MemoryStore
 from storage.titanmem import encode
-from tests.storage.samples import ALICE, BASE, NOON, make_memory, make_replay, same
+from tests.storage.samples import ALICE, BASE, NOON, make_memory, make_replay, make_segment, same
 
 ID = "20261122T120000Z-0a1b2c"
 USERS = [UserKey(tenant, f"u{number}") for tenant in ("acme", "local") for number in range(4)]
@@ -514,3 +515,17 @@ def test_a_file_that_only_looks_like_safetensors(folder: Objects, tmp_path: Path
     take(folder, [], model=tmp_path / "odd")
     restore_model(folder, ID, tmp_path / "again")
     assert (tmp_path / "again" / "odd.safetensors").read_bytes() == data
+
+
+def test_left_over_segments_neither_hinder_a_restore_nor_continue_it(
+    folder: Objects, empty: MemoryStore
+) -> None:
+    memory = memory_of(USERS[0])
+    take(folder, [memory])
+    left = replace(make_segment(memory.last_chunk_id + 1, key=memory.key), epoch=3)
+    piece = empty.segments.put(memory.key, [left], [], epoch=3)
+    assert restore(folder, ID, empty, epoch=5)["restored"] == 1
+    back, packet = empty.get(memory.key), empty.segments.read(memory.key, piece)
+    assert packet is not None
+    assert follow(packet.segments, after_chunk_id=memory.last_chunk_id, epoch=3), "it would fit"
+    assert follow(packet.segments, after_chunk_id=back.last_chunk_id, epoch=back.epoch) == []
