@@ -16,7 +16,7 @@ from actors.errors import NoMemoryWeights, QueueFull, no_memory
 from actors.figures import Figures
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from actors.options import KeeperOptions
-from actors.roster import Roster, document_id
+from actors.roster import Roster, document_id, unbroken
 from actors.slab import Resident, Slab
 from actors.turn import Turn, joined, update_hash
 from actors.vault import Layout, Vault
@@ -90,7 +90,7 @@ class MemoryKeeper:
         try:
             with continued(call.trace, "update_memory"):
                 async with self.roster.turn(call.key) as resident:
-                    outcome = await self._ingest(resident, call)
+                    outcome = await unbroken(self._ingest(resident, call))
                     self.roster.store_soon(resident)
                     return outcome
         finally:

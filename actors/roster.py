@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ from titanmem.tracing import continued
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 STORE_INTERVAL_S = 2.0
 """Shortest time between two stored versions of a user who is being written all the time."""
 
@@ -45,6 +48,23 @@ def hash_of_name(name: str) -> int:
 def document_id(name: str) -> int:
     """48 bits of a document's name, see `Resident.tail_of`."""
     return hash_of_name(name) >> 16
+
+
+async def unbroken(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which comes to its end even if whoever waits for it is cancelled meanwhile.
+
+    A user's turn lasts as long: else a thread would fold or store what the next turn is changing already.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        if not task.cancelled() and (error := task.exception()):
+            logger.warning("what was cancelled has failed, too: %s", error)
+        raise
 
 
 class Roster:
@@ -234,8 +254,9 @@ class Roster:
 
         Raises Fenced when a newer epoch has written this user, StoreError when the store cannot.
         """
-        if not resident.dirty:
-            return False
+        return resident.dirty and await unbroken(self._store(resident))
+
+    async def _store(self, resident: Resident) -> bool:
         started = time.perf_counter()
         version, chunk = resident.memory_version, resident.last_chunk_id
         try:
