@@ -104,9 +104,9 @@ def digest(memory: Memory) -> str:
     if memory.replay is not None:
         arrays += [memory.replay.columns, memory.replay.values, memory.replay.tokens, memory.replay.gates]
     numbers = memory.memory_version, memory.last_chunk_id, memory.tokens_seen, sorted(memory.stats.items())
-    whole = xxhash.xxh3_128(repr(numbers))
+    whole = xxhash.xxh3_128(repr(numbers).encode())
     for array in arrays:
-        whole.update(f"{array.dtype}{array.shape}")
+        whole.update(f"{array.dtype}{array.shape}".encode())
         whole.update(np.ascontiguousarray(array).tobytes())
     return whole.hexdigest()
 
