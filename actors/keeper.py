@@ -20,6 +20,7 @@ from actors.replicator import Replicator
 from actors.roster import Roster, document_id
 from actors.slab import Resident, Slab
 from actors.turn import Turn, joined, update_hash
+from actors.unbroken import unbroken
 from actors.vault import Layout, Vault
 from storage.errors import NoSuchMemory, StoreError, TitanmemError
 from storage.journal import Journal
@@ -90,7 +91,7 @@ class MemoryKeeper:
         try:
             with continued(call.trace, "update_memory"):
                 async with self.roster.turn(call.key) as resident:
-                    outcome = await self._ingest(resident, call)
+                    outcome = await unbroken(self._ingest(resident, call))
                     self.roster.store_soon(resident)
                 await self.roster.replicator.durable(call.key)
                 return outcome

@@ -23,6 +23,7 @@ from actors.figures import Figures
 from actors.guard import Action
 from actors.replicator import Replicator
 from actors.slab import Resident, Slab
+from actors.unbroken import unbroken
 from actors.vault import Found, Vault
 from actors.watch import Finding, Watch
 from actors.writer import SlotWriter
@@ -286,8 +287,9 @@ class Roster:
 
         Raises Fenced when a newer epoch has written this user, StoreError when the store cannot.
         """
-        if not resident.dirty:
-            return False
+        return resident.dirty and await unbroken(self._store(resident))
+
+    async def _store(self, resident: Resident) -> bool:
         found = await self.check(resident)
         if found is not None:
             return found.action is not Action.WAIT
@@ -322,6 +324,9 @@ class Roster:
         Stored first, then put into the slot: a crash in between changes nothing, a store that fails neither. The caller
         holds the turn. Raises CorruptIndex as `Vault.restore`, and StoreError.
         """
+        await unbroken(self._supersede(resident, memory, falls, frozen))
+
+    async def _supersede(self, resident: Resident, memory: Memory, falls: int, frozen: bool) -> None:
         self.vault.reservoir_of(memory, self.spec)
         newer = self.vault.successor(memory, resident, falls=falls, frozen=frozen)
         await self._save(newer.memory_version, lambda: self.vault.put_over(newer))

@@ -26,7 +26,7 @@ from storage.errors import StoreUnavailable, VersionConflict
 from storage.objects import ObjectInfo, check_object_name, check_prefix, probe_conditions
 
 LOCK_FILES = 64
-_LOCKS = ".locks"
+_LOCKS, _COPIES = ".locks", ".copies"
 _WRITE, _COPY = ".write-", ".copy-"
 _COPY_STALE_S = 86_400.0
 _LOCK_PAUSE_MAX_S = 0.004  # flock with a time limit has to ask; who asks seldom is overtaken again and again
@@ -79,15 +79,15 @@ class LocalObjects:
     def put_file(self, name: str, path: Path) -> None:
         target = self._path(name)
         with open(path, "rb") as source, self._reporting("write", name):
-            with self._locked(target.parent):  # the new file keeps the folder from being removed as empty
-                temporary = self._temporary(target, _COPY)
-                file = open(temporary, "xb")  # noqa: SIM115 (closed below, when the lock is long gone)
+            # All copies in one folder: one that a crash leaves beside its target is swept by nobody who comes later.
+            temporary = self._temporary(self.root / _COPIES / target.name, _COPY)
             try:
-                with file:
+                with open(temporary, "xb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)
                     file.flush()
                     os.fsync(file.fileno())
                 with self._locked(target.parent):
+                    self._make_folder(target.parent)
                     self._swap_in(temporary, target)
             except BaseException:
                 temporary.unlink(missing_ok=True)

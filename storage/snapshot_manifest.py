@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from storage.errors import NoSuchSnapshot, SnapshotDamaged, SnapshotError, Store
 from storage.header import write_time
 from storage.objects import Objects
 from storage.records import decode_record, encode_record
+from storage.scratch import scratch_folder
 from storage.snapshot_model import add_model
 from storage.snapshot_part import PartWriter
 
@@ -107,8 +107,8 @@ def write_part(
     if not _SHARD.fullmatch(shard):
         raise ValueError(f"shard: {shorten(shard, 64)!r}: expected 1 to 64 letters, digits, _ or -")
     name = f"{check_snapshot_id(snapshot_id)}/part-{shard}.parquet"
-    with tempfile.TemporaryDirectory(prefix="titanmem-snapshot-", dir=scratch) as folder:
-        path = Path(folder) / "part.parquet"
+    with scratch_folder(scratch) as folder:
+        path = folder / "part.parquet"
         with PartWriter(path) as writer:
             model_files = add_model(writer, model_dir) if model_dir is not None else 0
             for data in memories:

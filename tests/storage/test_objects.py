@@ -319,7 +319,30 @@ def test_copies_into_one_folder_side_by_side(tmp_path: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))
     assert list(objects.list()) == []
-    assert os.listdir(tmp_path / "store") == [".locks"]
+    assert sorted(os.listdir(tmp_path / "store")) == [".copies", ".locks"]
+    assert os.listdir(tmp_path / "store/.copies") == []
+
+
+def test_a_copy_that_a_crash_left_is_swept_by_the_next_one_wherever_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "part").write_bytes(b"x" * 100)
+    objects = LocalObjects(tmp_path / "store")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.copyfileobj", killed)
+        patched.setattr(Path, "unlink", killed)  # who is killed tidies nothing up
+        with pytest.raises(KeyboardInterrupt):
+            objects.put_file("monday/part", tmp_path / "part")
+    left = [path for path in (tmp_path / "store").rglob(".copy-*")]
+    assert len(left) == 1
+    os.utime(left[0], (1, 1))
+    objects.put_file("tuesday/part", tmp_path / "part")
+    assert not left[0].exists()
+    assert not (tmp_path / "store/monday").exists()
 
 
 ADD = """
