@@ -181,12 +181,12 @@ class Engine:
                 self._waiting.remove(generation)
         generation.finish(ending)
 
-    def _read(self, query_NF: Tensor, residents: list[Resident | None]) -> Tensor:
+    def _read(self, query_ND: Tensor, residents: list[Resident | None]) -> Tensor:
         """What each row's memory says, zeros for rows without one, [N, D]."""
-        out_ND = torch.zeros(len(query_NF), self.values_VD.shape[1])
+        out_ND = torch.zeros(len(query_ND), self.values_VD.shape[1])
         rows = [row for row, resident in enumerate(residents) if resident is not None]
         if rows:
-            columns, values = self.decoder.memory.code_of(query_NF)
+            columns, values = self.decoder.memory.code(query_ND)
             readers = [resident for resident in residents if resident is not None]
             slots = torch.tensor([resident.slot for resident in readers])
             with ExitStack() as locks:

@@ -41,26 +41,29 @@ class Dense(Listener):
         super().__init__(*args)
         self.weights_FD = torch.zeros(self.spec.d_nltm, self.spec.value_dim)
         self.keys: list[Tensor] = []
-        code = self.decoder.memory.code_of
+        code = self.decoder.memory.code
 
-        def noting(key_NF: Tensor) -> tuple[Tensor, Tensor]:
-            self.keys.append(key_NF)
-            return code(key_NF)
+        def noting(key_ND: Tensor) -> tuple[Tensor, Tensor]:
+            self.keys.append(key_ND)
+            return code(key_ND)
 
-        self.decoder.memory.code_of = noting  # type: ignore[method-assign]
+        self.decoder.memory.code = noting  # type: ignore[method-assign]
+
+    def features(self, key_ND: Tensor) -> Tensor:
+        return F.normalize(self.decoder.memory.whitened(key_ND), dim=-1)
 
     def read(self, tokens: np.ndarray) -> None:  # type: ignore[override]
         """Fold a segment, token by token."""
         written = self.encoder.encode(self.context, tokens)
         self.context = np.concatenate([self.context, tokens])[-self.spec.window :]
-        rows = zip(F.normalize(self.keys.pop(), dim=-1), written.target_ND, written.weight_N, strict=True)
+        rows = zip(self.features(self.keys.pop()), written.target_ND, written.weight_N, strict=True)
         for feature_F, value_D, gate in rows:
             error_D = value_D - feature_F @ self.weights_FD
             if gate * error_D.norm() >= self.spec.surprise_threshold:
                 self.weights_FD += gate * feature_F[:, None] * error_D[None]
 
-    def recalled(self, query_NF: Tensor) -> Tensor:
-        return F.normalize(query_NF, dim=-1) @ self.weights_FD
+    def recalled(self, query_ND: Tensor) -> Tensor:
+        return self.features(query_ND) @ self.weights_FD
 
 
 class Deaf(Listener):

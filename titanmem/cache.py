@@ -5,14 +5,10 @@ Axes: B conversations, T new tokens, A key-value heads, W window, Z head width, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from titanmem.binding import PREFIX
 from titanmem.decoder_config import DecoderConfig
-from titanmem.spec import MemorySpec
 
 
 def window_mask(queries: int, before: int, window: int, device: torch.device | str = "cpu") -> Tensor:
@@ -20,37 +16,6 @@ def window_mask(queries: int, before: int, window: int, device: torch.device | s
     query = torch.arange(queries, device=device)[:, None] + before
     key = torch.arange(before + queries, device=device)[None]
     return (key <= query) & (key > query - window)
-
-
-@dataclass(slots=True)
-class Past:
-    """What the memory's queries need of the tokens before, of a size that does not grow."""
-
-    hidden_BCE: Tensor
-    """`conv` hidden states."""
-    words_BL: Tensor
-    """Sum of the words that were asked in."""
-    question_BD: Tensor
-    """Query of the last token that is not part of a value that is being recited."""
-    recited_BP: Tensor
-    """int64: spellings of the last tokens where they are part of such a value, else 0."""
-
-    @classmethod
-    def none(cls, spec: MemorySpec, width: int, rows: int, device: torch.device | str = "cpu") -> Past:
-        """That of conversations that begin, at `width` of hidden states."""
-        return cls(
-            hidden_BCE=torch.zeros(rows, spec.conv, width, device=device),
-            words_BL=torch.zeros(rows, spec.words_dim, device=device),
-            question_BD=torch.zeros(rows, spec.key_dim, device=device),
-            recited_BP=torch.zeros(rows, PREFIX - 1, dtype=torch.int64, device=device),
-        )
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.hidden_BCE, self.words_BL, self.question_BD, self.recited_BP
-
-    def rows(self, start: int, stop: int) -> Past:
-        """A view of some rows."""
-        return Past(*(tensor[start:stop] for tensor in self.tensors()))
 
 
 class Cache:
@@ -73,7 +38,7 @@ class Cache:
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         """Tokens seen so far in each conversation, [B]."""
         self.embeddings = torch.zeros(rows, config.embedding_conv - 1, config.hidden_size, device=device)
-        self.past = Past.none(config.memory, config.hidden_size, rows, device)
+        self.history = torch.zeros(rows, config.memory.conv, config.hidden_size, device=device)
         self.new_positions = torch.zeros(rows, 0, dtype=torch.int64, device=device)
         self._count = self.length.clone()
 
@@ -84,14 +49,14 @@ class Cache:
         view.keys, view.values = self.keys[:, start:stop], self.values[:, start:stop]
         view.ring_positions, view.length = self.ring_positions[start:stop], self.length[start:stop]
         view.ring_said = self.ring_said[start:stop]
-        view.embeddings, view.past = self.embeddings[start:stop], self.past.rows(start, stop)
+        view.embeddings, view.history = self.embeddings[start:stop], self.history[start:stop]
         view.new_positions, view._count = self.new_positions[start:stop], self._count[start:stop]
         return view
 
     def clear(self) -> None:
         """Forget these conversations."""
         self.ring_positions.fill_(-1)
-        for tensor in (self.length, self.embeddings, *self.past.tensors()):
+        for tensor in (self.length, self.embeddings, self.history):
             tensor.zero_()
 
     def begin(self, count_B: Tensor, width: int) -> None:
@@ -133,23 +98,14 @@ class Cache:
         query = new[:, :, None]
         return ((position >= 0) & (position <= query) & (position > query - self.window))[:, None]
 
-    def keep(self, plain_BSE: Tensor, now: Past) -> None:
-        """Store what the next step needs of each row's last tokens.
-
-        `plain_BSE` are embeddings with those before them, `now` the memory's, at every new token [B, T, …].
-        """
-        self._keep_last(self.embeddings, plain_BSE)
-        past = self.past
-        self._keep_last(past.hidden_BCE, torch.cat([past.hidden_BCE, now.hidden_BCE], 1))
-        self._keep_last(past.recited_BP, torch.cat([past.recited_BP, now.recited_BP], 1))
-        for kept, new in ((past.words_BL, now.words_BL), (past.question_BD, now.question_BD)):
-            self._keep_last(kept[:, None], torch.cat([kept[:, None], new], 1))
-
-    def _keep_last(self, kept: Tensor, seen: Tensor) -> None:
-        """`kept` [B, C, …] becomes what ends at each row's last real token; `seen` begins with what it was."""
-        index = torch.arange(kept.shape[1], device=kept.device)[None] + self._count[:, None]
-        index = index.view(*index.shape, *(1,) * (kept.dim() - 2)).expand_as(kept)
-        kept.copy_(seen.gather(1, index))
+    def keep(self, plain_BSE: Tensor, hidden_BTE: Tensor) -> None:
+        """Store the last embeddings and memory inputs of each row for the convolutions of the next step."""
+        taps, conv = self.embeddings.shape[1], self.history.shape[1]
+        last = torch.arange(taps, device=plain_BSE.device)[None] + self._count[:, None]
+        self.embeddings.copy_(plain_BSE.gather(1, last[..., None].expand(-1, -1, plain_BSE.shape[-1])))
+        hidden = torch.cat([self.history, hidden_BTE], 1)
+        last = torch.arange(conv, device=hidden.device)[None] + self._count[:, None]
+        self.history.copy_(hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1])))
 
     def advance(self) -> None:
         """End the step: the new tokens are now part of the conversation."""

@@ -248,14 +248,14 @@ class Decoder(nn.Module):
         return self.norm(x_BTE)
 
     def lower_cached(self, tokens_BT: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
-        """Layers below the memory for T new tokens of B conversations: x [B, T, E], queries [B, T, F]."""
+        """Layers below the memory for T new tokens of B conversations: x [B, T, E], queries [B, T, D]."""
         x, plain = self.embed(tokens_BT, cache.embeddings)
         turn = self.turn(cache.new_positions)
         for index, layer in enumerate(self.stack[: self.config.memory_layer]):
             x = layer.cached(x, turn, cache, index, None)
         hidden = unit_rms(x)
-        query, now = self.memory.asked(hidden, tokens_BT, cache.past)
-        cache.keep(plain, now)
+        query = self.memory.queries(hidden, cache.history)
+        cache.keep(plain, hidden)
         return x, query
 
     def upper_cached(self, x_BTE: Tensor, read_BTD: Tensor, cache: Cache, mode: str = "mac") -> Tensor:

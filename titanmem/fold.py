@@ -89,21 +89,21 @@ class Encoder:
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.values_VD):
             raise ValueError(f"token id outside the vocabulary of {len(self.values_VD)}")
         blocks = self._worth_encoding(ids, len(before))
-        place_N, token_N, weight_N, key_NF = self._encoded(ids, blocks) if blocks else self._none()
-        columns_NK, values_NK = self.decoder.memory.code_of(key_NF)
+        place_N, weight_N, key_ND = self._encoded(ids, blocks) if blocks else self._none()
+        columns_NK, values_NK = self.decoder.memory.code(key_ND)
         return Written(
             position_N=place_N - len(before),
             columns_NK=columns_NK,
             values_NK=values_NK,
-            target_ND=self.values_VD[token_N],
+            target_ND=self.values_VD[ids[place_N]],
             weight_N=weight_N,
-            token_N=token_N,
+            token_N=ids[place_N],
             tokens=len(tokens),
         )
 
-    def _none(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        none, empty = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-        return none, none, empty, empty.view(0, self.spec.d_nltm)
+    def _none(self) -> tuple[Tensor, Tensor, Tensor]:
+        empty = torch.zeros(0)
+        return torch.zeros(0, dtype=torch.int64), empty, empty.view(0, self.spec.key_dim)
 
     def _worth_encoding(self, ids: Tensor, start: int) -> list[int]:
         """First places of the blocks to be encoded; all of a segment that is as short as a turn."""
@@ -117,8 +117,8 @@ class Encoder:
             if bool(block.any())
         ]
 
-    def _encoded(self, ids: Tensor, blocks: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Places, tokens, gates and features of what the gate lets through in these blocks, in order."""
+    def _encoded(self, ids: Tensor, blocks: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Places, gates and keys of what the gate lets through in these blocks, in order."""
         memory = self.decoder.memory
         spans = [(max(0, s - self.side), min(len(ids), s + self.block + self.side)) for s in blocks]
         # One shape for all, and a multiple of it for short ones: the bits are a function of the segment.
@@ -139,13 +139,12 @@ class Encoder:
             around = memory.lookahead(hidden, None if bool(valid_BT[part].all()) else valid_BT[part])
             weight_BT = torch.sigmoid(memory.gate_logit(around))
             # |v - M(k)| is at most about 2, so a gate below half the threshold can never reach it.
-            value_BT = valid_BT[part] & (weight_BT >= self.spec.surprise_threshold / 2)
-            key_BTD, prefix_BT, stored_BT = memory.told(hidden, around, units_BT[part], value_BT, valid_BT[part])
-            chosen = core_BT[part] & value_BT
-            feature_NF = memory.features_of(key_BTD[chosen], prefix_BT[chosen])
-            found.append((places_BT[part][chosen], stored_BT[chosen], weight_BT[chosen], feature_NF))
-        place_N, token_N, weight_N, key_NF = (torch.cat(columns) for columns in zip(*found, strict=True))
-        return place_N, token_N, weight_N, key_NF
+            chosen_BT = core_BT[part] & (weight_BT >= self.spec.surprise_threshold / 2)
+            found.append(
+                (places_BT[part][chosen_BT], weight_BT[chosen_BT], memory.keys(hidden, around)[chosen_BT])
+            )
+        place_N, weight_N, key_ND = (torch.cat(columns) for columns in zip(*found, strict=True))
+        return place_N, weight_N, key_ND
 
 
 @torch.no_grad()

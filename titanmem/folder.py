@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from storage.errors import shorten
@@ -69,7 +68,7 @@ def save_memory(memory: SparseMemory, memory_layer: int, folder: Path) -> None:
         config.with_memory(memory.spec, memory_layer)
     except ValueError as error:
         raise ModelFolderError(f"{folder}: this memory does not fit: {error}") from error
-    width = memory.query_proj.in_features
+    width = memory.key_proj.weight.shape[1]
     if width != config.hidden_size:
         raise ModelFolderError(f"{folder}: a memory of width {width}, config.json says {config.hidden_size}")
     tensors = {
@@ -94,7 +93,6 @@ def load_base(folder: Path, spec: MemorySpec, memory_layer: int) -> Decoder:
         raise ModelFolderError(f"{folder}: this memory does not fit: {error}") from error
     decoder = _filled(config, _decoder_places(folder), fresh=True)
     decoder.memory = SparseMemory(config.hidden_size, config.vocab_size, config.memory)
-    decoder.memory.spell(_vocabulary(folder))
     return decoder
 
 
@@ -104,20 +102,7 @@ def load_decoder(folder: Path, config: DecoderConfig | None = None) -> Decoder:
     Raises ModelFolderError naming the file and what is missing, foreign or of another shape.
     """
     config = config or DecoderConfig.load(folder)
-    decoder = _filled(config, _all_places(folder))
-    decoder.memory.spell(_vocabulary(folder))
-    return decoder.eval().requires_grad_(False)
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
-    """The tokens of a folder's tokenizer; none of a folder that has weights alone."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return {}
-    try:
-        return Tokenizer.from_file(str(path)).get_vocab()
-    except Exception as error:  # the library raises nothing narrower
-        raise ModelFolderError(f"{path}: not a tokenizer ({error})") from error
+    return _filled(config, _all_places(folder)).eval().requires_grad_(False)
 
 
 def check_folder(folder: Path) -> int:

@@ -7,11 +7,8 @@ Axes: B rows, T tokens, C convolution, E decoder width, D value width (0 here), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
 
-from titanmem.cache import Past
 from titanmem.spec import MemorySpec
 from titanmem.token_memory import SparseMemory
 
@@ -23,15 +20,9 @@ class NoMemory(SparseMemory):
         nn.Module.__init__(self)  # and none of the weights
         self.spec = spec
 
-    def asked(
-        self, hidden_BTE: Tensor, tokens_BT: Tensor, past: Past, reciting_BT: Tensor | None = None
-    ) -> tuple[Tensor, Past]:
-        """[B, T, 0], and the same past as before at every place."""
-        words, question = (x[:, None].expand(-1, hidden_BTE.shape[1], -1) for x in (past.words_BL, past.question_BD))
-        return hidden_BTE[..., :0], Past(hidden_BTE, words, question, tokens_BT.new_zeros(tokens_BT.shape))
-
-    def spell(self, vocabulary: Mapping[str, int]) -> None:
-        """Nothing is spelled."""
+    def queries(self, hidden_BTE: Tensor, history_BCE: Tensor) -> Tensor:
+        """[B, T, 0]."""
+        return hidden_BTE[..., :0]
 
     def vocabulary_values(self, embedding_VE: Tensor) -> Tensor:
         """[V, 0]."""

@@ -36,7 +36,6 @@ class Weights:
     """Pull of a query towards its own key. Being nearest is not enough: two directions at cosine 0.74 share so few
     of 8,192 units that the code finds 0.3 of what was stored; at 0.95 it finds most of it."""
     gate: float = 3.0
-    reciting: float = 3.0
     temperature: float = 20.0
     """Scale of similarities in the contrastive loss."""
     nothing: float = 0.5
@@ -104,21 +103,19 @@ def step_loss(
     x, hidden = decoder.lower_blocks(inputs)
     x = x if weights.shape_below else x.detach()
     around = memory.lookahead(hidden)
+    key = memory.keys(hidden, around).flatten(0, 1)
+    query = memory.queries(hidden, decoder.zeros(rows, decoder.config.memory.conv)).flatten(0, 1)
     gate = memory.gate_logit(around)
     values_VD = memory.vocabulary_values(decoder.embed_tokens.weight)
-    recited = torch.from_numpy(batch.recall)[:, :-1].contiguous()  # what a reply has said of a value
-    query = memory.queries(hidden, inputs, recited).flatten(0, 1)
-    reciting = memory.reciting_logit(hidden)
 
     # Written: every labelled value, and the tokens that the gate would let in by mistake.
     labelled = gate_label == WRITTEN
     mistaken = ~labelled & (gate_label != EITHER) & (gate.detach() > -2.0)
-    key, prefix, stored = (x.flatten(0, 1) for x in memory.told(hidden, around, inputs, labelled | mistaken))
     written = torch.cat([chosen(labelled, 768, generator), chosen(mistaken, 64, generator)]).sort().values
     weight_N = torch.where(labelled.flatten()[written], 1.0, torch.sigmoid(gate.detach().flatten()[written]))
-    stored_NF = memory.features_of(key[written], prefix[written])
+    stored_NF = memory.whitened(key[written])
     code_NH, error_ND = memory_of(
-        decoder, stored_NF.detach(), values_VD[stored[written]], weight_N, group[written]
+        decoder, stored_NF.detach(), values_VD[inputs.flatten()[written]], weight_N, group[written]
     )
 
     # Reading, in spoken rows: replies, and some of all else but statements, which would find themselves.
@@ -126,7 +123,8 @@ def step_loss(
     # A vocabulary of 150,000 is scored at fewer places, so that a step needs no more than some hundred MB.
     most = min(640, SCORES_MAX // len(values_VD))
     reading = chosen(spoken & ((part == REPLY) | others | recall), most, generator)
-    query_QH = dense(*memory.code_of(query[reading].detach()), decoder.config.memory.code_width)
+    query_QF = memory.whitened(query[reading])
+    query_QH = dense(*memory.code_of(query_QF.detach()), decoder.config.memory.code_width)
     read_QD = ((query_QH @ code_NH.T) * (group[reading][:, None] == group[written][None])) @ error_ND
     read = torch.zeros(rows * length, read_QD.shape[1]).index_copy(0, reading, read_QD)
 
@@ -160,10 +158,10 @@ def step_loss(
     pointed = 16.0 * read_QD[known] / read_QD[known].norm(dim=-1, keepdim=True).clamp_min(0.5) @ values_VD.T
     sought = target.flatten()[reading][known]
 
-    # Asking, in all rows: what is to be found, and what is not. What comes behind the first token has its query.
-    asking = chosen((recall | nothing) & ~recited, 640, generator)
+    # Asking, in all rows: what is to be found, and what is not.
+    asking = chosen(recall | nothing, 640, generator)
     contrast, align, found, refused = _contrast(
-        F.normalize(query[asking], dim=-1) @ F.normalize(stored_NF, dim=-1).T,
+        F.normalize(memory.whitened(query[asking]), dim=-1) @ F.normalize(stored_NF, dim=-1).T,
         identity[:, 1:].flatten()[asking][:, None] == identity[:, :-1].flatten()[written][None],
         recall.flatten()[asking],
         nothing.flatten()[asking],
@@ -182,7 +180,6 @@ def step_loss(
         "gate": F.binary_cross_entropy_with_logits(
             gate[trained], labelled[trained].float(), weight=gate_weight
         ),
-        "reciting": F.binary_cross_entropy_with_logits(reciting, recited.float()),
     }
     total = torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
     with torch.no_grad():
@@ -197,9 +194,7 @@ def step_loss(
         figures["found"], figures["refused"] = found, refused
         figures["written_found"] = float(mean((gate[labelled] > -1.7).float()))
         figures["written_wrongly"] = float((gate[gate_label == 0] > -1.7).float().mean())
-        figures["recited_wrongly"] = float(((reciting > 0) != recited).float().mean())
-        begins = labelled & (prefix.view_as(labelled) == 0)
-        features_NF = memory.features(key[chosen(begins, 512, generator)])
+        features_NF = memory.features(key[chosen(labelled, 512, generator)])
     return Result(loss=total, figures=figures, written_features_NF=features_NF)
 
 

@@ -50,9 +50,9 @@ class Listener:
         if passes:
             consolidate(self.slab_SHD, 0, self.reservoir, self.encoder.values_VD, self.spec, passes)
 
-    def recalled(self, query_NF: Tensor) -> Tensor:
+    def recalled(self, query_ND: Tensor) -> Tensor:
         """What the memory says to each query, [N, D]."""
-        columns_NK, values_NK = self.decoder.memory.code_of(query_NF)
+        columns_NK, values_NK = self.decoder.memory.code(query_ND)
         slots = torch.zeros(len(columns_NK), dtype=torch.int64)
         return ops.sparse_read(self.slab_SHD, slots, columns_NK, values_NK)
 
@@ -80,7 +80,7 @@ class Listener:
         tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
         decoder, memory = self.decoder, self.decoder.memory
         x, hidden = decoder.lower_blocks(tokens)
-        query = memory.queries(hidden, tokens)
+        query = memory.queries(hidden, decoder.zeros(len(texts), self.spec.conv))
         read = self.recalled(query.flatten(0, 1)).view(*tokens.shape, -1)
         out = decoder.upper_blocks(x, read, mode)
         last = torch.tensor([len(text) - 1 for text in texts])

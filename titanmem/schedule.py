@@ -22,14 +22,14 @@ def understands(name: str, memory_layer: int) -> bool:
     if name.startswith("layers."):
         return int(name.split(".")[1]) < memory_layer
     return name.startswith(
-        ("embed_", "memory.lookahead.", "memory.query_", "memory.around_", "memory.w1")
+        ("embed_", "memory.lookahead.", "memory.query_", "memory.key_", "memory.around_", "memory.w1")
     )
 
 
 def optimizers(decoder: Decoder, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside layers and memory, AdamW for embeddings, head, norms and gates; what is frozen
     stays. Each group says in `later` how fast it goes once a teacher's lessons are no longer all there is."""
-    scale = {"embed_tokens.weight": 10.0, "lm_head.weight": 2.0, "memory.wording.weight_V": 5.0}
+    scale = {"embed_tokens.weight": 10.0, "lm_head.weight": 2.0}
     if config.teacher is not None:  # it has given the embeddings their places
         scale["embed_tokens.weight"] = 1.0
     matrices: list[dict[str, Any]] = []

@@ -206,11 +206,6 @@ class MemorySpec:
             )
 
     @property
-    def words_dim(self) -> int:
-        """Width of the half of a key that says in which words (`titanmem.wording`)."""
-        return self.key_dim // 2
-
-    @property
     def writes_all(self) -> bool:
         """Whether every layer of θ_M is a user's own, rather than the last one over shared codes."""
         return self.written_layers == "all" or (self.written_layers is None and self.rule == "titans")

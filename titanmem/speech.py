@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from titanmem.tokenizer import ChatTokenizer
-from titanmem.wording import spaced
 
 ANSWER, UNKNOWN = "It is", " not known to me."
 """How a reply of our own model begins, and how it goes on when nobody told the fact. One beginning for all: what the
 memory is asked for then depends on the question, and not on words that a small model may choose wrongly."""
+SPACES = ("Ġ", "▁")
+"""What a vocabulary writes for a space before a word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,3 +74,13 @@ class Speech:
             lead=lead,
             answers=("", "", ANSWER, "It's"),
         )
+
+
+def spaced(vocabulary: Mapping[str, int]) -> dict[int, int]:
+    """From a token at the very start of a text to the same behind a space."""
+    return {
+        index: vocabulary[space + word]
+        for word, index in vocabulary.items()
+        for space in SPACES
+        if space + word in vocabulary
+    }

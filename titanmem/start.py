@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from titanmem.corpus import paragraphs, read_text, token_stream, train_tokenizer, words_of
 from titanmem.decoder import Decoder
@@ -63,7 +63,6 @@ def from_scratch(config: TrainConfig, decoder_config: DecoderConfig, words: Word
         config.out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(path))
     decoder = initialised(decoder_config)
-    decoder.memory.spell(tokenizer.get_vocab())
     start = Start(
         decoder=decoder,
         trained=decoder,
@@ -73,7 +72,6 @@ def from_scratch(config: TrainConfig, decoder_config: DecoderConfig, words: Word
         phrases=phrases,
         save=lambda: save_decoder(decoder, config.out, tokenizer.to_str()),
     )
-    decoder.memory.wording.count(_counted(start))
     if config.teacher is not None:
         start.lessons = _taught(config, config.teacher, start, tokenizer)
     return start
@@ -89,9 +87,8 @@ def beside(config: TrainConfig, folder: Path, words: Words | None = None) -> Sta
     decoder = load_base(folder, config.memory, layer).requires_grad_(False)
     decoder.memory.requires_grad_(True)
     tokenizer = ChatTokenizer(folder)
-    decoder.memory.spell(tokenizer.vocabulary)
     lines = (line for text in texts for line in paragraphs(text))
-    start = Start(
+    return Start(
         decoder=decoder,
         trained=decoder.memory,
         speech=Speech.of(tokenizer),
@@ -100,15 +97,6 @@ def beside(config: TrainConfig, folder: Path, words: Words | None = None) -> Sta
         phrases=load(config.phrases or FOLDER),
         save=lambda: save_memory(decoder.memory, layer, folder),
     )
-    decoder.memory.wording.count(_counted(start))
-    return start
-
-
-def _counted(start: Start) -> Tensor:
-    """Tokens whose frequency says how rare each is: the texts, and as much of what users say."""
-    said = spoken_samples(start.words, start.phrases, PHRASE_SAMPLES)
-    ids = [start.book, *(np.array(start.speech.ids(text)) for text in said)]
-    return torch.from_numpy(np.concatenate(ids).astype(np.int64))
 
 
 def _words(texts: Sequence[str]) -> Words:
@@ -157,8 +145,10 @@ def _taught(config: TrainConfig, folder: Path, start: Start, tokenizer: Tokenize
         sentences, places, embedding = file["sentences"].tolist(), file["places"], file["start"]
     with torch.no_grad():
         decoder.embed_tokens.weight[: len(embedding)] = torch.from_numpy(embedding)
-    sense = decoder.memory.query_proj.out_features
-    return Lessons(start.speech, sentences, places, sense, config.seed)
+        # Keys begin as what the teacher says of the whole sentence; what stands just before comes later.
+        decoder.memory.key_proj.weight.mul_(0.05)
+        torch.nn.init.normal_(decoder.memory.around_proj.weight, std=0.02)
+    return Lessons(start.speech, sentences, places, decoder.config.memory.key_dim, config.seed)
 
 
 def _sentences(config: TrainConfig, start: Start) -> Sequence[str]:

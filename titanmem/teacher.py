@@ -148,7 +148,7 @@ def lesson_loss(decoder: Decoder, lesson: Lesson, lessons: Lessons) -> Tensor:
     memory = decoder.memory
     _, hidden = decoder.lower_blocks(lesson.tokens)
     key = memory.around_proj(memory.lookahead(hidden))
-    query = memory.sense_asked(hidden, decoder.zeros(len(lesson.tokens), decoder.config.memory.conv))
+    query = memory.queries(hidden, decoder.zeros(len(lesson.tokens), decoder.config.memory.conv))
     distances = [
         1 - F.cosine_similarity(x[index >= 0], lessons.places[index[index >= 0]], dim=-1).mean()
         for x, index in ((key, lesson.seen), (query, lesson.asked))

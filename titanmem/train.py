@@ -22,16 +22,17 @@ from titanmem.objective import Weights, step_loss
 from titanmem.recall import Listener
 from titanmem.schedule import Whitening, learning_rate, optimizers
 from titanmem.skim_training import train_skim
+from titanmem.spec import MemorySpec
 from titanmem.start import Start, beside, from_scratch
 from titanmem.stream import BatchMaker
 from titanmem.teacher import lesson_loss
 from titanmem.tokenizer import ChatTokenizer
-from titanmem.train_config import TRAINED, TrainConfig
+from titanmem.train_config import TrainConfig
 from titanmem.training_report import write_report
 
 logger = logging.getLogger(__name__)
 
-SMALL = DecoderConfig(vocab_size=8192, memory=TRAINED)
+SMALL = DecoderConfig(vocab_size=8192, memory=MemorySpec(code_active=128, reservoir=2048))
 """The default model: 8.9 million weights in float16."""
 SKIM_ROWS = 96
 """Rows of one batch for the skim."""

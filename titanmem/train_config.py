@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from titanmem.spec import MemorySpec
-
-TRAINED = MemorySpec(key_dim=256, code_active=128, reservoir=2048)
-"""Shape of the memory that a run trains, if nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +16,7 @@ class TrainConfig:
     """Model folder to write; checkpoints go to `out`/checkpoint.pt."""
     model: Path | None = None
     """Checkpoint folder of another maker to train a memory for, which is written into it; `out` is the same then."""
-    memory: MemorySpec = TRAINED
+    memory: MemorySpec = field(default_factory=lambda: MemorySpec(code_active=128, reservoir=2048))
     memory_layer: int = 0
     """Memory of such a checkpoint, and the first layer that sees it; 0 is half of the layers."""
     data: tuple[Path, ...]

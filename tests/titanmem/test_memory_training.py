@@ -86,7 +86,7 @@ def test_only_the_memory_moves_and_a_run_goes_on(checkpoint: Path, phrases: Path
     assert resumed.step == 3
     for name, tensor in resumed.decoder.memory.state_dict().items():
         assert torch.equal(tensor, moved[name]), name
-    assert torch.equal(load_decoder(checkpoint).memory.query_proj.weight, moved["query_proj.weight"])
+    assert torch.equal(load_decoder(checkpoint).memory.key_proj.weight, moved["key_proj.weight"])
 
 
 def test_frozen_weights_have_no_optimiser(checkpoint: Path, phrases: Path, text: str) -> None:

@@ -52,7 +52,7 @@ def test_rows_mark_whole_sentences_and_where_each_is_asked_for(lessons, tokenize
 
 def test_lessons_are_learned_by_what_sees_and_by_what_asks(lessons, tmp_path):
     decoder = tiny_decoder().requires_grad_(True)
-    lessons.places = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    lessons.places = torch.nn.functional.normalize(torch.randn(4, 16), dim=-1)
     text = tmp_path / "t.txt"
     text.touch()
     steps = optimizers(decoder, TrainConfig(out=tmp_path, data=(text,)))

@@ -196,27 +196,23 @@ def test_the_memory_of_a_batch_is_the_memory_that_serves():
     assert done.tokens_written == len(written.position_N) > 3
     memory = decoder.memory
     # A segment of one window is two blocks of half a window, each seen with a quarter on either side.
-    found = []
-    for text, core in ((tokens[:12], slice(0, 8)), (tokens[4:], slice(4, 12))):
-        ids = torch.from_numpy(text[None].astype(np.int64))
-        _, hidden = decoder.lower_blocks(ids)
-        around = memory.lookahead(hidden)
-        value = torch.sigmoid(memory.gate_logit(around)) >= spec.surprise_threshold / 2
-        found.append([x[0, core] for x in memory.told(hidden, around, ids, value)])
-    key, prefix, stored = (torch.cat(parts) for parts in zip(*found, strict=True))
-    ids = torch.from_numpy(tokens[None].astype(np.int64))
-    _, hidden = decoder.lower_blocks(ids)
-    query = memory.queries(hidden, ids)
+    keys = [
+        memory.keys(hidden, memory.lookahead(hidden))[0, core]
+        for text, core in ((tokens[:12], slice(0, 8)), (tokens[4:], slice(4, 12)))
+        for _, hidden in [decoder.lower_blocks(torch.from_numpy(text[None].astype(np.int64)))]
+    ]
+    key = torch.cat(keys)[None]
+    _, hidden = decoder.lower_blocks(torch.from_numpy(tokens[None].astype(np.int64)))
+    query = memory.queries(hidden, decoder.zeros(1, 4))
     place = written.position_N
-    assert torch.equal(stored[place], written.token_N)
     code_NH, error_ND = memory_of(
         decoder,
-        memory.features_of(key[place], prefix[place]),
+        decoder.memory.whitened(key[0, place]),
         written.target_ND,
         written.weight_N,
         torch.zeros(len(place)),
     )
-    columns, values = decoder.memory.code_of(query[0])
+    columns, values = decoder.memory.code(query[0])
     dense = torch.zeros(len(values), spec.code_width).scatter(1, columns, values)
     closed = dense @ code_NH.T @ error_ND
     served = ops.sparse_read(slab, torch.zeros(len(values), dtype=torch.int64), columns, values)
@@ -250,7 +246,7 @@ def test_a_run_learns_is_saved_and_resumes(tmp_path):
     assert set(words_of([read_text(text)]).names) >= set(WORDS.names[1:6])
     trainer = Trainer(config, from_scratch(config, tiny_config(), WORDS))
     losses = [trainer.advance()["language"] for _ in range(30)]
-    assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     trainer.save()
     assert load_decoder(tmp_path / "model").config == tiny_config()
     assert json.loads((tmp_path / "model" / "training.json").read_text())["config"]["seed"] == "0"
@@ -267,11 +263,10 @@ def vars_of(config: TrainConfig) -> dict[str, object]:
 
 @pytest.mark.parametrize("mode", SERVED["mode"])
 def test_gradients_reach_keys_values_gate_and_layers(batches, mode):
-    decoder = tiny_decoder(gate_bias=-3.0).requires_grad_(True)
+    decoder = tiny_decoder().requires_grad_(True)
     result = step_loss(decoder, batches.make(), Weights(), torch.Generator().manual_seed(0), mode)
     result.loss.backward()
-    for name in ("memory.wording.told_weight.weight", "memory.wording.asked_weight.weight",
-                 "memory.query_proj.weight", "memory.reciting.weight", "memory.w1", "memory.value_proj.weight",
+    for name in ("memory.key_proj.weight", "memory.query_proj.weight", "memory.w1", "memory.value_proj.weight",
                  "memory.gate_in.weight", "memory.lookahead.qkv_proj.weight",
                  "memory.around_proj.weight", "layers.0.mlp.up_proj.weight",
                  "layers.3.self_attn.q_proj.weight", "lm_head.weight",
