@@ -60,7 +60,7 @@ async def test_a_cancelled_ingest_is_written_whole(tmp_path: Path) -> None:
     await keeper.close()
     keeper = await opened(tmp_path, "cancelled")
     await keeper.ingest(piece(0, 0, 1))
-    keeper.roster.writer.fold = slow = Slow(keeper.roster.writer.fold)
+    keeper.roster.writer.fold = slow = Slow(keeper.roster.writer.fold)  # type: ignore[method-assign]
     await cancelled_in(slow, keeper.ingest(piece(0, 0, 2)))
     again = await keeper.ingest(piece(0, 0, 2))
     assert again.duplicate
@@ -73,7 +73,7 @@ async def test_a_cancelled_ingest_is_written_whole(tmp_path: Path) -> None:
 async def test_a_cancelled_store_is_known_to_have_stored(tmp_path: Path) -> None:
     keeper = await opened(tmp_path, "cancelled")
     await keeper.ingest(piece(0, 0, 1))
-    keeper.roster.vault.put = slow = Slow(keeper.roster.vault.put)
+    keeper.roster.vault.put = slow = Slow(keeper.roster.vault.put)  # type: ignore[method-assign]
     await cancelled_in(slow, keeper.flush())
     assert await keeper.flush() == 0, "the store has it"
     assert len(keeper.roster.vault.store.versions(key_of(0))) == 1

@@ -141,8 +141,8 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
         persist_tokens=options.persist_tokens, clock=process.loop.time,
     )  # fmt: skip
     roster.watch = Null()  # type: ignore[assignment]
-    roster.writer = ChainWriter(slab)
+    roster.writer = ChainWriter(slab)  # type: ignore[assignment]
     engine: Any = SimpleNamespace(
         decoder=SimpleNamespace(config=SimpleNamespace(remembers=True)), close=lambda: None
     )
-    return MemoryKeeper(options, engine=engine, roster=roster, tokenizer=Null(), figures=figures)
+    return MemoryKeeper(options, engine=engine, roster=roster, tokenizer=Null(), figures=figures)  # type: ignore[arg-type]

@@ -64,7 +64,7 @@ def head_record(folder: Path) -> Sample:
 CHUNKS = range(1, 4)
 
 
-def _fill(journal: Journal) -> Iterator[None]:
+def _fill(journal: Journal) -> Iterator[object]:
     """Yields after each group that is on the disk."""
     for key in (ALICE, BOB):
         for chunk in CHUNKS:
