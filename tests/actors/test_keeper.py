@@ -127,7 +127,7 @@ async def test_neighbours_change_nothing_of_an_answer(options, model):
 
 
 async def test_conversations_of_three_modes_are_decoded_side_by_side(options, model):
-    question = ("user", "What is the name of my dog? Your 7 times table.")
+    question = ("user", "What is the name of my dog?")
 
     def asked(mode: str) -> ChatCall:
         return chat(model, ALICE, question, update_id=mode, memory="read_only", mode=mode)

@@ -329,7 +329,7 @@ def test_a_copy_that_a_crash_left_is_swept_by_the_next_one_wherever_it_goes(
     (tmp_path / "part").write_bytes(b"x" * 100)
     objects = LocalObjects(tmp_path / "store")
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
