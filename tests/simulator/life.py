@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import tempfile
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -48,8 +50,17 @@ class Outcome:
     final: tuple[tuple[str, ...], ...]
 
 
+@lru_cache(maxsize=1)
+def _let_libraries_rest() -> None:
+    """Takes what was imported out of garbage collection, which else walks through it every few lives: half of their
+    time."""
+    gc.collect()
+    gc.freeze()
+
+
 def live(seed: int) -> Outcome:
     """One life from its seed alone."""
+    _let_libraries_rest()
     folder = RAM if RAM.is_dir() else None
     with tempfile.TemporaryDirectory(dir=folder) as disk:
         world = World(seed)
@@ -177,7 +188,7 @@ class Life:
     def _fates(self) -> list[Any]:
         return [
             self._kill, self._kill, self._freeze, self._freeze, self._storm, self._storm, self._outage,
-            self._freeze_captain, self._second_captain, self._restart,
+            self._freeze_captain, self._second_captain, self._restart, self._ambush, self._ambush,
         ]  # fmt: skip
 
     def _victim(self) -> Process | None:
@@ -199,6 +210,21 @@ class Life:
         if victim is not None and not victim.frozen:
             victim.freeze()
             self.world.later(self.world.pause(0.3, 8.0), victim.thaw)
+
+    def _ambush(self) -> None:
+        """Whoever writes the next version stops in the midst of it, and a successor comes in between."""
+        self.weather.ambush = self._strike
+
+    def _strike(self, writer: Process) -> float:
+        rng, world = self.world.rng, self.world
+        if self.two_disks:
+            world.later(world.pause(0.0, 1.0), self._take_over)
+        if rng.random() < 0.5:
+            world.later(0.0, writer.kill)
+            return world.pause(1.0, 12.0)
+        writer.freeze()
+        world.later(world.pause(2.0, 10.0), writer.thaw)
+        return 0.0
 
     def _storm(self) -> None:
         for fault in STORMS:
@@ -230,6 +256,8 @@ class Life:
     def _take_over(self) -> None:
         """Another cluster on the same store, with a disk of its own, while this one lives."""
         old = self.fleets[-1]
+        if self.ledger.lost_disk or self.world.now >= TROUBLE_S:
+            return
         self.ledger.lost_disk = old.name
         self._begin("b", self.disk / "b", old.shards, old.answers_lost)
         self.bucket.watchers.append(self._note_claims)

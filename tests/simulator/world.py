@@ -2,7 +2,7 @@
 
 Nothing here waits for a clock. All that is going to happen lies in one heap, ordered by virtual time; a process is an
 asyncio event loop whose handles lie there as well. Blocking code (what asyncio hands to threads) runs as a `Fiber`: a
-thread that runs only while the world stands still and waits for it, so the order of all steps depends on the seed
+greenlet that runs only while the world stands still and waits for it, so the order of all steps depends on the seed
 alone.
 """
 
@@ -12,9 +12,10 @@ import asyncio
 import heapq
 import itertools
 import random
-import threading
 from collections.abc import Callable
 from typing import Any, cast
+
+from greenlet import getcurrent, greenlet
 
 STEPS_MAX = 400_000
 """Of one life; far over what any needs, so that a life which spins is an error and not a hang."""
@@ -159,69 +160,46 @@ class Process:
 
 
 class Fiber:
-    """A blocking call: a thread that runs only between `resume` and its next `park`."""
-
-    _idle: list[_Worker] = []  # noqa: RUF012 (threads are kept for the next life)
+    """A blocking call: a greenlet, which runs only between `resume` and its next `park`."""
 
     def __init__(self, process: Process, work: Callable[[], None]) -> None:
-        self.process, self._work, self._error = process, work, cast(BaseException | None, None)
-        self._worker = Fiber._idle.pop() if Fiber._idle else _Worker()
-        self._worker.job = self._run
-        self.ended = False
+        self.process, self._work = process, work
+        self._greenlet = greenlet(self._run)
         process.fibers.add(self)
 
     def resume(self, error: BaseException | None = None) -> None:
         """Runs it until it parks or ends. With `error`, its park raises that."""
-        if self.ended:
+        if self._greenlet.dead:
             return
-        world, self._error = self.process.world, error
+        world, loop = self.process.world, asyncio._get_running_loop()
         before, world.fiber = (world.fiber, world.process), self
         world.process = self.process
-        self._worker.go.release()
-        self._worker.back.acquire()
-        world.fiber, world.process = before
-        if self.ended:
-            Fiber._idle.append(self._worker)
+        self._greenlet.parent = getcurrent()
+        asyncio._set_running_loop(None)  # blocking code has none
+        try:
+            self._greenlet.switch(error)
+        finally:
+            asyncio._set_running_loop(loop)
+            world.fiber, world.process = before
 
     def park(self) -> None:
         """Gives the word back; returns when it is resumed. Raises `Killed` if the process has died meanwhile."""
         if self.process.dead:
             raise Killed
-        self._worker.back.release()
-        self._worker.go.acquire()
-        error, self._error = self._error, None
+        error = self._greenlet.parent.switch()
         if error is not None:
             raise error
 
-    def _run(self) -> None:
+    def _run(self, error: BaseException | None) -> None:
         try:
-            if self._error is None:
+            if error is None:
                 self._work()
         except Killed:
             pass
         except BaseException as error:  # of a thread that the product started itself
             self.process.errors.append(f"{self.process.name}: a thread ended with {error!r}")
         finally:
-            self.ended = True
             self.process.fibers.discard(self)
-
-
-class _Worker:
-    """A thread and the two locks by which it is told to go and says that it is back."""
-
-    def __init__(self) -> None:
-        self.go, self.back = threading.Lock(), threading.Lock()
-        self.go.acquire()
-        self.back.acquire()
-        self.job: Callable[[], None] | None = None
-        threading.Thread(target=self._run, daemon=True, name="fiber").start()
-
-    def _run(self) -> None:
-        while True:
-            self.go.acquire()
-            assert self.job is not None, "a worker is told to go with a job"
-            self.job()
-            self.back.release()
 
 
 class Loop(asyncio.AbstractEventLoop):
