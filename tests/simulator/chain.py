@@ -14,6 +14,7 @@ import xxhash
 
 from actors.keeper import MemoryKeeper
 from actors.options import KeeperOptions
+from actors.replicator import Replicator
 from actors.roster import Roster
 from actors.slab import Resident, Slab
 from actors.vault import Layout, Vault
@@ -110,23 +111,6 @@ class Null:
         return None
 
 
-class NoReplicas:
-    """Durability `local`, of which nothing is in the store."""
-
-    def users(self) -> tuple[()]:
-        return ()
-
-    def add(self, *_: Any) -> None:
-        pass
-
-    leave = add
-
-    async def durable(self, *_: Any, **__: Any) -> None:
-        pass
-
-    bring_back = trim = forget = close = durable
-
-
 async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     """The product's keeper, roster and vault over chains."""
     process = World.current.process
@@ -135,8 +119,9 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     slab = ChainSlab(options.slots)
     vault = Vault(open_store(options.store_url), LAYOUT, options.epoch, on_damage=figures.rollbacks.add)
     journal = ProcessJournal(options.journal)
+    replicator = Replicator(journal, vault.store.segments, options, figures, clock=process.loop.time)
     roster = Roster(
-        slab=slab, vault=vault, journal=journal, replicator=NoReplicas(), figures=figures,  # type: ignore[arg-type]
+        slab=slab, vault=vault, journal=journal, replicator=replicator, figures=figures,
         encoder=SimpleNamespace(spec=SPEC, values_VD=None),  # type: ignore[arg-type]
         persist_tokens=options.persist_tokens, clock=process.loop.time,
     )  # fmt: skip
@@ -145,4 +130,5 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     engine: Any = SimpleNamespace(
         decoder=SimpleNamespace(config=SimpleNamespace(remembers=True)), close=lambda: None
     )
+    replicator.start()
     return MemoryKeeper(options, engine=engine, roster=roster, tokenizer=Null(), figures=figures)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from actors import handover
+from actors import handover, replicator
 from storage import journal_db, journal_writer
 from storage.journal import Appended, Journal
 from storage.segment import Segment
@@ -75,15 +75,54 @@ class DiskThread:
 
 
 class DiskFuture(Future):
-    """`concurrent.futures.Future` whose `result` parks the fiber that waits."""
+    """`concurrent.futures.Future` whose waiting parks the fiber that waits."""
 
     def result(self, timeout: float | None = None) -> Any:
+        self._wait()
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._wait()
+        return super().exception(0)
+
+    def _wait(self) -> None:
         fiber = World.current.fiber
         if not self.done():
             assert fiber is not None, "only blocking code waits"
             self.add_done_callback(lambda _: fiber.process.loop.call_soon(fiber.resume))
             fiber.park()
-        return super().result(0)
+
+
+class DiskPool:
+    """`concurrent.futures.ThreadPoolExecutor`, as the replicator uses it."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def submit(self, work: Callable[..., Any], *args: Any, **named: Any) -> DiskFuture:
+        future, process = DiskFuture(), World.current.process
+        assert process is not None, "a pool belongs to a process"
+        future.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                result = work(*args, **named)
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        process.loop.call_soon(Fiber(process, run).resume)
+        return future
+
+    def shutdown(self, **_: object) -> None:
+        pass
+
+
+def _wait(futures: Sequence[DiskFuture]) -> None:
+    """`concurrent.futures.wait`."""
+    for future in futures:
+        future.exception()
 
 
 class Disk(sqlite3.Connection):
@@ -154,5 +193,8 @@ def simulated_disk(world: World) -> Iterator[None]:
         patch.object(journal_writer, "Future", DiskFuture),
         patch.object(journal_db, "connect", _connect),
         patch.object(handover, "time", clock),
+        patch.object(replicator, "ThreadPoolExecutor", DiskPool),
+        patch.object(replicator, "wait", _wait),
+        patch.object(replicator, "random", world.rng),
     ):
         yield

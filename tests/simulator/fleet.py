@@ -27,6 +27,8 @@ PING_S, PING_TIMEOUT_S, PING_MISSES_MAX = 1.0, 2.0, 3
 OPEN_TIMEOUT_S = 60.0
 PERSIST_TOKENS = 8
 IDLE_FLUSH_S = 2.0
+REPLICATE_INTERVAL_S = 1.0
+SYNC_TIMEOUT_S = 5.0
 SLOTS = 2
 
 
@@ -49,9 +51,10 @@ class Fleet:
     """One cluster: its journals, its captains, and the shard that each name stands for now."""
 
     def __init__(
-        self, world: World, name: str, journals: Path, shards: int, answers_lost: float = 0.0
+        self, world: World, name: str, journals: Path, shards: int, durability: str, answers_lost: float = 0.0
     ) -> None:
         self.world, self.name, self.journals, self.shards = world, name, journals, shards
+        self.durability = durability
         self.answers_lost = answers_lost
         self.living: dict[str, Shard] = {}
         self.captains: list[Process] = []
@@ -165,6 +168,7 @@ class Captain:
         keeper = KeeperOptions(
             model="", store_url=URL, journal_dir=str(fleet.journals), shard=name, epoch=owner.epoch, buckets=buckets,
             slots=SLOTS, persist_tokens=PERSIST_TOKENS, idle_flush_s=IDLE_FLUSH_S, consolidate_after_s=0.0,
+            durability=fleet.durability, replicate_interval_s=REPLICATE_INTERVAL_S, sync_timeout_s=SYNC_TIMEOUT_S,
         )  # fmt: skip
         shard = Shard(fleet, ShardOptions(
             keeper=keeper, buckets=buckets, map_version=current.version,

@@ -94,6 +94,8 @@ class Life:
         self.ledger = Ledger(world, self.bucket)
         self.bucket.watchers.append(self.ledger.watch)
         self.two_disks = world.rng.random() < 0.3
+        self.durability = world.rng.choice(("local", "local", "replicated", "sync"))
+        self.taken_over = False
         self.fleets: list[Fleet] = []
         self.talking = len(USERS)
         self.maps: dict[tuple[str, UserKey], ShardMap] = {}
@@ -119,7 +121,7 @@ class Life:
         return self._final()
 
     def _begin(self, name: str, journals: Path, shards: int, answers_lost: float = 0.0) -> Fleet:
-        fleet = Fleet(self.world, name, journals, shards, answers_lost)
+        fleet = Fleet(self.world, name, journals, shards, self.durability, answers_lost)
         fleet.heard = self.ledger.heard
         self.fleets.append(fleet)
         fleet.start()
@@ -256,9 +258,11 @@ class Life:
     def _take_over(self) -> None:
         """Another cluster on the same store, with a disk of its own, while this one lives."""
         old = self.fleets[-1]
-        if self.ledger.lost_disk or self.world.now >= TROUBLE_S:
+        if self.taken_over or self.world.now >= TROUBLE_S:
             return
-        self.ledger.lost_disk = old.name
+        self.taken_over = True
+        if self.durability != "sync":  # which promises that no disk is needed
+            self.ledger.lost_disk = old.name
         self._begin("b", self.disk / "b", old.shards, old.answers_lost)
         self.bucket.watchers.append(self._note_claims)
 
@@ -266,7 +270,8 @@ class Life:
         claimed = name.startswith("cluster/owners/") and after is not None and b'"cluster": "b"' in after
         if claimed and self.ledger.saved is None:
             self.ledger.saved = {key.user: self.ledger.newest(key) for key in USERS}
-            self.ledger.headless = {user for user, updates in self.ledger.saved.items() if not updates}
+            if self.durability != "sync":
+                self.ledger.headless = {user for user, updates in self.ledger.saved.items() if not updates}
 
     # -- the end ---------------------------------------------------------------------------------------------
 

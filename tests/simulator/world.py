@@ -186,7 +186,9 @@ class Fiber:
         """Gives the word back; returns when it is resumed. Raises `Killed` if the process has died meanwhile."""
         if self.process.dead:
             raise Killed
-        error = self._greenlet.parent.switch()
+        resumer = self._greenlet.parent
+        assert resumer is not None, "a fiber that runs was resumed"
+        error = resumer.switch()
         if error is not None:
             raise error
 
