@@ -42,7 +42,7 @@ class Weather:
     down: bool = False
     """Nothing gets through."""
     ambush: Callable[[Process], float] | None = None
-    """Told, once, who sends the next version; says how many seconds later it shall arrive."""
+    """Told, once, who sends the next object of a user; says how many seconds later it shall arrive."""
 
 
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ class Client:
     ) -> dict[str, Any]:  # fmt: skip
         absent = IfNoneMatch is not None
         ambush, held_s = self._weather.ambush, 0.0
-        if ambush is not None and Key.endswith(".titanmem"):
+        if ambush is not None and Key.endswith((".titanmem", ".segments")):
             self._weather.ambush = None
             held_s = ambush(self._process)
         return self._ask(

@@ -93,7 +93,7 @@ class Life:
         self.bucket, self.weather = Bucket(), Weather()
         self.ledger = Ledger(world, self.bucket)
         self.bucket.watchers.append(self.ledger.watch)
-        self.two_disks = world.rng.random() < 0.3
+        self.two_disks = world.rng.random() < 0.5
         self.durability = world.rng.choice(("local", "local", "replicated", "sync"))
         self.taken_over = False
         self.fleets: list[Fleet] = []
@@ -214,7 +214,7 @@ class Life:
             self.world.later(self.world.pause(0.3, 8.0), victim.thaw)
 
     def _ambush(self) -> None:
-        """Whoever writes the next version stops in the midst of it, and a successor comes in between."""
+        """Whoever writes the next object stops in the midst of it, and a successor comes in between."""
         self.weather.ambush = self._strike
 
     def _strike(self, writer: Process) -> float:
@@ -222,7 +222,7 @@ class Life:
         if self.two_disks:
             world.later(world.pause(0.0, 1.0), self._take_over)
         if rng.random() < 0.5:
-            world.later(0.0, writer.kill)
+            world.later(world.pause(0.0, 0.05), writer.kill)
             return world.pause(1.0, 12.0)
         writer.freeze()
         world.later(world.pause(2.0, 10.0), writer.thaw)

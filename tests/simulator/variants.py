@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 from actors import keeper
 from actors.ownership import Gate, Owner, claim, read_owner
+from actors.replicator import Replicator
 from actors.roster import Roster
 from actors.shard import MemoryShard
 from storage.errors import Fenced
@@ -135,14 +136,29 @@ def journals_not_handed_over() -> AbstractContextManager[object]:
     return patch.object(fleet, "hand_over", lambda *_, **__: None)
 
 
-RARE = frozenset({"unconditional_head", "old_epoch_may_store", "version_name_without_epoch"})
-"""Breaches that take more seeds than the suite plays; `benchmarks/simulate.py --variant NAME` looks for them."""
+def sync_not_awaited() -> AbstractContextManager[object]:
+    """Durability `sync`, and an answer does not wait for the store to have its segment."""
+
+    async def durable(self: Replicator, key: Any) -> None:
+        return
+
+    return patch.object(Replicator, "durable", durable)
+
+
+def replicas_not_read() -> AbstractContextManager[object]:
+    """What other owners have put into the store is not brought back."""
+
+    async def bring_back(self: Replicator, key: Any, **_: Any) -> None:
+        return
+
+    return patch.object(Replicator, "bring_back", bring_back)
+
 
 VARIANTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     broken.__name__: broken
     for broken in (
         no_ownership_read, fenced_goes_on, epoch_reused, trimmed_before_stored, unconditional_head,
         old_epoch_may_store, version_name_without_epoch, retry_under_a_new_id, duplicate_not_refused, journal_ignored,
-        journals_not_handed_over,
+        journals_not_handed_over, sync_not_awaited, replicas_not_read,
     )
 }  # fmt: skip
