@@ -84,10 +84,14 @@ def segment_to_row(segment: Segment) -> tuple[object, ...]:
     return (*values, _crc(values))
 
 
+_KINDS = [str, int, int, str, str, str, bytes, bytes, int, int]
+
+
 def row_to_segment(row: tuple[object, ...]) -> Segment:
     """The segment of a row. Raises `ValueError` when the row has changed since it was written."""
     owner, first, last, update_id, conversation, role, context, tokens, epoch, crc = row
-    if crc != _crc(row[:-1]):
+    # The CRC32 is over bytes, which one flipped bit of SQLite's can make a blob or a text of.
+    if crc != _crc(row[:-1]) or [type(value) for value in row] != _KINDS:
         raise ValueError(f"segment {last} of {owner}: its CRC32 does not fit")
     return Segment(
         key=UserKey.parse(cast(str, owner)),

@@ -160,6 +160,20 @@ def test_text_that_is_no_text_is_damage(path: Path) -> None:
         chunks(path)
 
 
+@pytest.mark.parametrize("column, kind", [("update_id", "BLOB"), ("role", "BLOB"), ("tokens", "TEXT")])
+def test_a_value_that_became_one_of_another_kind_is_damage(path: Path, column: str, kind: str) -> None:
+    """In SQLite's record one bit tells text from bytes, and the CRC32 is over bytes."""
+    journal = Journal(path)
+    journal.append(make_segment(1)).result()
+    journal.close()
+    db = sqlite3.connect(path)
+    db.execute(f"UPDATE segments SET {column} = CAST({column} AS {kind})")
+    db.commit()
+    db.close()
+    with pytest.raises(JournalCorrupt, match="segment 1 of"):
+        chunks(path)
+
+
 def test_journals_of_before_the_second_place_are_taken(path: Path) -> None:
     journal = Journal(path)
     journal.append(make_segment(1)).result()
