@@ -11,6 +11,7 @@ that ends with an earlier group, or whose last group is not whole. The tests run
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import random
 import sys
@@ -18,6 +19,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,13 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cuts", type=int, default=20_000, help="most cuts a kind of file")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="kinds whose name contains this")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args(argv)
     logging.disable(logging.CRITICAL)
     wounds: dict[str, Callable[[bytes, random.Random], Iterator[tuple[str, bytes]]]] = {
         "flip": lambda data, dice: flips_of(data, options.flips, dice),
         "cut": lambda data, dice: cuts_of(data, options.cuts, dice),
     }
-    failed = False
+    failed, rows = False, list[dict[str, object]]()
     with tempfile.TemporaryDirectory() as scratch:
         for make in SAMPLES:
             if options.only not in make.__name__:
@@ -65,6 +68,15 @@ def main(argv: list[str] | None = None) -> int:
                 for line in tally.wrong[:5]:
                     print(f"    {line}", flush=True)
                 failed |= bool(tally.wrong)
+                rows.append({
+                    "file": sample.name, "bytes": len(sample.data), "wound": kind, "wounded": tally.total,
+                    "refused": dict(tally.refused), "right": tally.right, "shorter": tally.shorter,
+                    "wrong": len(tally.wrong), "peak_mib": round(peak / 2**20, 1),
+                })  # fmt: skip
+    if options.json:
+        asked = {"flips": options.flips, "cuts": options.cuts, "seed": options.seed}
+        document = {"date": datetime.now(UTC).date().isoformat(), "asked": asked, "files": rows}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
     return int(failed)
 
 

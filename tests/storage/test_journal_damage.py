@@ -160,7 +160,7 @@ def test_text_that_is_no_text_is_damage(path: Path) -> None:
         chunks(path)
 
 
-@pytest.mark.parametrize("column, kind", [("update_id", "BLOB"), ("role", "BLOB"), ("tokens", "TEXT")])
+@pytest.mark.parametrize(("column", "kind"), [("update_id", "BLOB"), ("role", "BLOB"), ("tokens", "TEXT")])
 def test_a_value_that_became_one_of_another_kind_is_damage(path: Path, column: str, kind: str) -> None:
     """In SQLite's record one bit tells text from bytes, and the CRC32 is over bytes."""
     journal = Journal(path)
