@@ -8,7 +8,8 @@ tokens, and every 50 facts or pieces the user rests: stored, consolidated, store
 
 Then the memory, as it is, goes to users who are damaged in RAM, each in one way, and are told more facts, one an
 update, stored after each: after how many is the damage noticed, and is the memory then bit for bit what an undamaged
-twin's is? What answers all its probes is not noticed, by intention. Noise and what is zeroed are of the rows of W₃ that hold anything; noise in units of their root mean square.
+twin's is? What answers its probes is not noticed, by intention. Noise and what is zeroed are of the rows of W₃ that
+hold anything; noise in units of their root mean square.
 """
 
 from __future__ import annotations
