@@ -37,6 +37,10 @@ class Records(Protocol):
 
     def next_epoch(self) -> int: ...
 
+
+class ListedRecords(Records, Protocol):
+    """The same, with their names."""
+
     def record_names(self, prefix: str) -> Iterator[str]: ...
 
 
@@ -102,7 +106,7 @@ def claim(
     return owner
 
 
-def retire(store: Records, shards: Collection[str], *, cluster: str) -> list[str]:
+def retire(store: ListedRecords, shards: Collection[str], *, cluster: str) -> list[str]:
     """Ends the ownership of all but `shards`, those of the map; returns whom it fenced.
 
     A shard that the map does not have any more is claimed by nobody: one that was away, frozen or on another disk,

@@ -1,10 +1,11 @@
 """How often the guard takes an undisturbed memory back (never, is the aim), and how soon it notices a damaged one.
 
-    python benchmarks/guard.py [--facts 2000] [--pieces 24] [--seeds 3] [--seed 0] [--out FILE]
+    python benchmarks/guard.py [--facts 2000] [--together 1] [--pieces 24] [--seeds 3] [--seed 0] [--out FILE]
 
-One user of the real keeper on the shipped model is told facts (benchmarks/needles/heldout.jsonl), a turn each, and then
-reads a book that the model never saw, in pieces of 4,096 tokens. A version is stored as in serving, after every 4,096
-tokens, and every 50 facts or pieces the user rests: stored, consolidated, stored. Each time the guard has judged.
+One user of the real keeper on the shipped model is told facts (benchmarks/needles/heldout.jsonl), so many together in a
+turn, and then reads a book that the model never saw, in pieces of 4,096 tokens. A version is stored as in serving, after
+every 4,096 tokens, and every 50 facts or pieces the user rests: stored, consolidated, stored. Each time the guard has
+judged.
 
 Then the memory, as it is, goes to users who are damaged in RAM, each in one way, and are told more facts, one an
 update, stored after each: after how many is the damage noticed, and is the memory then bit for bit what an undamaged
@@ -113,7 +114,7 @@ async def rest(keeper: MemoryKeeper, tally: dict[str, Any]) -> None:
 
 
 async def undisturbed(
-    keeper: MemoryKeeper, tokenizer: ChatTokenizer, facts: list[str], book: np.ndarray
+    keeper: MemoryKeeper, tokenizer: ChatTokenizer, facts: list[str], together: int, book: np.ndarray
 ) -> dict[str, Any]:
     """A long life without any damage."""
     tally: dict[str, Any] = {
@@ -124,9 +125,11 @@ async def undisturbed(
         "recall_min": 1.0,
     }
     started = time.perf_counter()
-    for number, fact in enumerate(facts, 1):
-        await said_to(keeper, tokenizer, TELLER, fact, "read_write", 1)
-        if number % REST_EVERY == 0:
+    for number in range(together, len(facts) + 1, together):
+        await said_to(
+            keeper, tokenizer, TELLER, "\n".join(facts[number - together : number]), "read_write", 1
+        )
+        if number // REST_EVERY > (number - together) // REST_EVERY:
             await rest(keeper, tally)
             print(
                 f"{number} facts, {time.perf_counter() - started:.0f} s: {tally}", file=sys.stderr, flush=True
@@ -182,7 +185,7 @@ async def damaged(
     return 0, False, recall
 
 
-async def run(facts: list[str], told: int, pieces: int, seeds: int) -> dict[str, Any]:
+async def run(facts: list[str], told: int, together: int, pieces: int, seeds: int) -> dict[str, Any]:
     tokenizer = ChatTokenizer(Config().model_folder)
     text = lzma.decompress((ROOT / "examples" / "decline-and-fall.txt.xz").read_bytes()).decode("utf-8")
     book = tokenizer.encode(text[: 8 * SEGMENT_TOKENS_MAX * pieces])[: SEGMENT_TOKENS_MAX * pieces]
@@ -192,7 +195,7 @@ async def run(facts: list[str], told: int, pieces: int, seeds: int) -> dict[str,
             shard="shard-0", epoch=1, slots=2, idle_flush_s=3600.0, consolidate_after_s=0.001,
         ))  # fmt: skip
         keeper.consolidator.idle_s = 3600.0  # it consolidates, and when is said here
-        life = await undisturbed(keeper, tokenizer, facts[:told], book)
+        life = await undisturbed(keeper, tokenizer, facts[:told], together, book)
         print(json.dumps(life), file=sys.stderr, flush=True)
         file = await keeper.export(TELLER)
         more = [tokenizer.encode(f"\n{fact}\n") for fact in facts[told : told + UPDATES]]
@@ -219,6 +222,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--facts", type=int, default=2000)
+    parser.add_argument("--together", type=int, default=1, help="facts a turn")
     parser.add_argument("--pieces", type=int, default=24, help="pieces of the book, 4,096 tokens each")
     parser.add_argument("--seeds", type=int, default=3, help="trials of each kind of damage")
     parser.add_argument("--seed", type=int, default=0)
@@ -227,7 +231,8 @@ def main() -> int:
     needles = (ROOT / "benchmarks" / "needles" / "heldout.jsonl").read_text("utf-8").splitlines()
     facts = [json.loads(line)["fact"] for line in needles]
     random.Random(options.seed).shuffle(facts)
-    found = asyncio.run(run(facts, min(options.facts, len(facts) - UPDATES), options.pieces, options.seeds))
+    told = min(options.facts, len(facts) - UPDATES)
+    found = asyncio.run(run(facts, told, options.together, options.pieces, options.seeds))
     document = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": hardware(),
