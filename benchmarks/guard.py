@@ -3,7 +3,7 @@
     python benchmarks/guard.py [--facts 2000] [--together 1] [--pieces 24] [--seeds 3] [--seed 0] [--out FILE]
 
 One user of the real keeper on the shipped model is told facts (benchmarks/needles/heldout.jsonl), so many together in a
-turn, and then reads a book that the model never saw, in pieces of 4,096 tokens. A version is stored as in serving, after
+turn, and then reads a book that it never saw, in pieces of 4,096 tokens. A version is stored as in serving, after
 every 4,096 tokens, and every 50 facts or pieces the user rests: stored, consolidated, stored. Each time the guard has
 judged.
 
