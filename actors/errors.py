@@ -6,10 +6,11 @@
         ├── ShardNotOpen   the shard is starting, stopping or fenced
         ├── QueueFull      the shard's queue has no room
         ├── NoMemoryWeights  the model that is served has no memory
-        └── MemoryFrozen   the guard has frozen the user's memory
+        ├── MemoryFrozen   the guard has frozen the user's memory
+        └── MemoryDamaged  the user's memory in RAM was damaged, and comes in anew from store and journal
 
-Nothing was looked at or written. The router asks again elsewhere or later for the first two; the third is
-answered 429, the last two 409.
+Nothing was looked at or written, but for the last one, where the journal may have what was told. The router asks again
+elsewhere or later for the first two; the third is answered 429, the last one 503, the others 409.
 """
 
 from __future__ import annotations
@@ -57,6 +58,16 @@ class MemoryFrozen(ShardError):
         super().__init__(
             f"{key}: the memory is frozen, for its recall fell twice; roll it back to a version of it, "
             "or import another, to have it read and written again",
+            key=key,
+        )
+
+
+class MemoryDamaged(ShardError):
+    """The memory of `key` was damaged while it was written; the next request finds it as store and journal have it."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"{key}: the memory in RAM was damaged and comes in anew; ask again, with the same Idempotency-Key",
             key=key,
         )
 

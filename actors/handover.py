@@ -2,9 +2,9 @@
 
 A journal belongs to a shard and stays on its disk. After a start with another number of shards, a journal may
 hold segments of users that another shard owns now. Before any shard serves, each such user's segments,
-conversation hashes and outcomes go to the new owner's journal, and only when they are durable there are they
-removed from the old one. A crash in between leaves them in both; the next start does it again, and a journal
-takes every update id once.
+conversation hashes, and the update ids with their outcomes, those of trimmed segments too, go to the new owner's
+journal, and only when they are durable there are they removed from the old one. A crash in between leaves them in
+both; the next start does it again, and a journal takes every update id once.
 
 Only journals in this node's folder take part. With durability `replicated` or `sync` the new owner finds in the store
 what a journal on another node holds, and where both know a user, the newer epoch's segments count.
@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from actors.options import JOURNAL_SUFFIX, journal_path
 from storage.chain import follow
 from storage.errors import JournalError
+from storage.journal import Update
 from storage.names import UserKey
 
 LOCK_WAIT_S = 20.0
@@ -43,12 +44,12 @@ class JournalLike(Protocol):
     def replace(
         self, key: UserKey, segments: Sequence[Any], *, held: Sequence[Any], seen: Sequence[int] = ()
     ) -> Future[Any]: ...
-    def set_outcome(self, key: UserKey, update_id: str, outcome: dict[str, Any]) -> Future[Any]: ...
-    def outcome(self, key: UserKey, update_id: str) -> dict[str, Any] | None: ...
+    def updates(self, key: UserKey) -> list[Update]: ...
+    def adopt(self, key: UserKey, updates: Sequence[Update]) -> Future[Any]: ...
     def pending(self, key: UserKey, after_chunk_id: int = 0) -> list[Any]: ...
     def seen(self, key: UserKey) -> list[int]: ...
-    def users_pending(self) -> Sequence[UserKey]: ...
-    def forget(self, key: UserKey) -> int: ...
+    def users(self) -> Sequence[UserKey]: ...
+    def release(self, keys: Sequence[UserKey]) -> int: ...
     def close(self) -> None: ...
 
 
@@ -58,6 +59,7 @@ class Handover:
 
     journals: int
     users: int
+    """With segments or without."""
     segments: int
 
 
@@ -89,20 +91,21 @@ def hand_over(
         for file in files:
             shard = file.name.removesuffix(JOURNAL_SUFFIX)
             source = journal_of(shard)
-            for key in list(source.users_pending()):
-                owner = owner_of(key)
-                if owner != shard:
-                    segments += _move(source, journal_of(owner), key)
-                    users += 1
+            leaving = {key: owner for key in source.users() if (owner := owner_of(key)) != shard}
+            for key, owner in leaving.items():
+                segments += _move(source, journal_of(owner), key)
+            if leaving:
+                source.release(list(leaving))
+                users += len(leaving)
     if users:
         log.info("handed %d segments of %d users to their new shards", segments, users)
     return Handover(journals=len(files), users=users, segments=segments)
 
 
 def _move(source: JournalLike, target: JournalLike, key: UserKey) -> int:
-    """All of one user, oldest first; returns the number of segments."""
+    """Copies all of one user, oldest first; returns the number of segments."""
     pending = source.pending(key)
-    seen = source.seen(key)
+    seen, updates = source.seen(key), source.updates(key)
     there = target.pending(key)
     known = {segment.update_id for segment in there}
     if known - {segment.update_id for segment in pending}:
@@ -116,17 +119,16 @@ def _move(source: JournalLike, target: JournalLike, key: UserKey) -> int:
             if all((segment.update_id, segment.epoch) in kept for segment in segments)
             for value in values
         ]
+        void = {segment.update_id for segment in pending if segment not in chain}
+        updates = [update for update in updates if update.update_id not in void]
         pending = [segment for segment in pending if segment in chain]
         target.replace(key, chain, held=(), seen=hashes).result(COMMIT_TIMEOUT_S)
     # The hashes go with the first segment, so that they are there as soon as any segment is.
     appended = [target.append(segment, seen if n == 0 else ()) for n, segment in enumerate(pending)]
     for future in appended:
         future.result(COMMIT_TIMEOUT_S)
-    for segment in pending:
-        outcome = source.outcome(key, segment.update_id)
-        if outcome is not None and target.outcome(key, segment.update_id) is None:
-            target.set_outcome(key, segment.update_id, outcome).result(COMMIT_TIMEOUT_S)
-    source.forget(key)
+    if updates:
+        target.adopt(key, updates).result(COMMIT_TIMEOUT_S)
     return len(pending)
 
 

@@ -17,12 +17,13 @@ from actors.figures import Figures
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from actors.options import KeeperOptions
 from actors.replicator import Replicator
-from actors.roster import Roster, document_id
+from actors.roster import Roster
+from actors.seen import document_id, update_hash
 from actors.slab import Resident, Slab
-from actors.turn import Turn, joined, update_hash
+from actors.turn import Turn, joined
 from actors.unbroken import unbroken
 from actors.vault import Layout, Vault
-from storage.errors import NoSuchMemory, StoreError, TitanmemError
+from storage.errors import BadMemoryFile, JournalCorrupt, NoSuchMemory, StoreError, StoreUnfit, TitanmemError
 from storage.journal import Journal
 from storage.names import UserKey, bucket_of
 from storage.objects import open_objects
@@ -42,14 +43,8 @@ class MemoryKeeper:
     """Chat, ingest and care of the memories of one shard's users. Made by `open_keeper`."""
 
     def __init__(
-        self,
-        options: KeeperOptions,
-        *,
-        engine: Engine,
-        roster: Roster,
-        tokenizer: ChatTokenizer,
-        figures: Figures,
-    ) -> None:
+        self, options: KeeperOptions, *, engine: Engine, roster: Roster, tokenizer: ChatTokenizer, figures: Figures
+    ) -> None:  # fmt: skip
         self.options, self.engine, self.roster = options, engine, roster
         self._tokenizer, self._figures = tokenizer, figures
         self._remembers = engine.decoder.config.remembers
@@ -238,6 +233,10 @@ class MemoryKeeper:
 
     # -- the whole shard --------------------------------------------------------------------------------------
 
+    def holds_journal(self) -> bool:
+        """Whether the journal is still the one that was opened, locked by this process."""
+        return self.roster.journal.is_held()
+
     def owns(self, key: UserKey) -> bool:
         """Whether the user is this shard's."""
         return self.options.buckets is None or bucket_of(key) in self.options.buckets
@@ -266,7 +265,7 @@ class MemoryKeeper:
     async def snapshot_part(self, snapshot_id: str, target_url: str, include_model: bool) -> dict[str, Any]:
         """This shard's part of a cold backup: each user at its newest version, with θ_F once if asked."""
         if self._remembers:
-            await self.roster.activate_pending()
+            await self._activate_pending()
         await self.flush()
         vault = self.roster.vault
 
@@ -281,10 +280,16 @@ class MemoryKeeper:
         return await asyncio.to_thread(write)
 
     async def _activate_pending(self) -> None:
-        """Users whose newest tokens are in the journal only come in, so that they can be stored."""
-        for key in sorted(await self._pending()) if self._remembers else ():
-            async with self.roster.turn(key):
-                pass
+        """Users whose newest tokens are in the journal only come in, so that they can be stored.
+
+        One whose memory or journal is damaged is logged: the others come in all the same.
+        """
+        for key in sorted(await self._pending()):
+            try:
+                async with self.roster.turn(key):
+                    pass
+            except (BadMemoryFile, StoreUnfit, JournalCorrupt) as error:
+                logger.error("%s can not come in: %s", key, error)
 
     async def _pending(self) -> set[UserKey]:
         """Own users with segments, here or in the store."""
@@ -337,11 +342,9 @@ class MemoryKeeper:
 
 def _outcome(call: IngestCall, fold: Fold, resident: Resident) -> dict[str, Any]:
     return {
-        "tokens": len(call.tokens),
-        "chunks": fold.chunks,
-        "tokens_written": fold.tokens_written,
+        "tokens": len(call.tokens), "chunks": fold.chunks, "tokens_written": fold.tokens_written,
         "memory_version": resident.memory_version,
-    }
+    }  # fmt: skip
 
 
 def _rate(resident: Resident) -> float:

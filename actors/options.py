@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,8 +55,15 @@ class KeeperOptions:
     """With durability `replicated`: how long after an answer its tokens are in the store at the latest."""
     sync_timeout_s: float = 10.0
     """With durability `sync`: how long an answer waits for the store before it ends with `NotReplicated`."""
+    unconfirmed_s: float = 60.0
+    """With durability `replicated`: how long answers go out while nobody can read whose shard this is."""
     seed: int = 0
     """Of sampling, where a request brings none."""
+
+    @property
+    def grace_s(self) -> float:
+        """How long answers may go out unconfirmed: under `local` without end, under `sync` never."""
+        return {"local": math.inf, "replicated": self.unconfirmed_s, "sync": 0.0}[self.durability]
 
     @property
     def journal(self) -> Path:

@@ -8,13 +8,22 @@ it reads the record before each acknowledgement, finds another epoch than its ow
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import logging
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from storage.errors import Fenced, StoreError, StoreUnavailable, VersionConflict
 
 OWNERS_PREFIX = "cluster/owners/"
+RETIRED = "retired"
+"""Incarnation in the record of a shard that the map does not have any more."""
+READS_A_GRACE = 4
+
+log = logging.getLogger(__name__)
 
 
 class Records(Protocol):
@@ -27,6 +36,12 @@ class Records(Protocol):
     ) -> str: ...
 
     def next_epoch(self) -> int: ...
+
+
+class ListedRecords(Records, Protocol):
+    """The same, with their names."""
+
+    def record_names(self, prefix: str) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +106,22 @@ def claim(
     return owner
 
 
+def retire(store: ListedRecords, shards: Collection[str], *, cluster: str) -> list[str]:
+    """Ends the ownership of all but `shards`, those of the map; returns whom it fenced.
+
+    A shard that the map does not have any more is claimed by nobody: one that was away, frozen or on another disk,
+    would go on under its record when it comes back, for users whom others own by then. Raises `Fenced` as `claim`.
+    """
+    fenced: list[str] = []
+    for name in store.record_names(OWNERS_PREFIX):
+        shard = name.removeprefix(OWNERS_PREFIX)
+        owner = None if shard in shards else read_owner(store, shard)
+        if owner is not None and owner.incarnation != RETIRED:
+            claim(store, shard, cluster=cluster, incarnation=RETIRED, take_over=True)
+            fenced.append(shard)
+    return fenced
+
+
 def announce(store: Records, owner: Owner, *, actor: str, node: str) -> Owner:
     """Adds where the shard runs to its record, for people; raises `Fenced` if it is no longer `owner`'s."""
     name = OWNERS_PREFIX + owner.shard
@@ -114,39 +145,81 @@ def confirm(store: Records, shard: str, epoch: int) -> None:
         raise Fenced(f"{shard}: epoch {epoch} is over: {what}", epoch=epoch, seen=seen)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grace:
+    """When answers may go out although the ownership record cannot be read; docs/operations.md has the argument."""
+
+    seconds: float = math.inf
+    """For so long after the last read that found our epoch. A clock is no proof of ownership: it bounds a loss."""
+    held: Callable[[], bool] = lambda: True
+    """Whether our journal is still locked by us under its name: then no other owner has opened it."""
+
+
 class Gate:
     """What every acknowledgement passes: a read of the record that began after its tokens were durable.
 
     Reads are shared: all who wait while one read runs share the next one, so the number of reads is bounded
     by their own speed and not by the traffic.
 
-    When the store cannot be reached, the answer goes out all the same under the promises of durability `local`
-    and `replicated`, which are about this node's disk; `unconfirmed` counts these answers. A `strict` gate raises:
-    under `sync` another node may have begun without what this one has written.
+    While the store cannot be reached, nobody here can know whether another owner has begun: `Grace` says when answers
+    go out all the same, and `unconfirmed` counts them.
     """
 
-    def __init__(self, read: Callable[[], None], *, strict: bool = False) -> None:
-        """`read` blocks, and raises `Fenced` when the epoch is over; it runs in a thread."""
-        self._read, self._strict = read, strict
+    def __init__(
+        self, read: Callable[[], None], grace: Grace, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:  # fmt: skip
+        """`read` blocks, and raises `Fenced` when the epoch is over; it runs in a thread. It has just been done."""
+        self._read, self._grace, self._clock = read, grace, clock
         self._running: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
+        self._confirmed_at_s = clock()
+        self._away = False
         self.unconfirmed = 0
         self.reads = 0
 
+    async def look(self) -> None:
+        """For an answer that has written nothing, and promises nothing: raises `Fenced`, and else goes on."""
+        with suppress(StoreUnavailable):
+            await self._shared_read()
+
     async def confirm(self) -> None:
-        """Returns when the caller may acknowledge; raises `Fenced`, and `StoreUnavailable` when it is strict."""
-        if self._next is None:
-            self._next = asyncio.create_task(self._after(self._running))
+        """Returns when the caller may acknowledge; raises `Fenced`, and `StoreUnavailable` beyond the grace."""
         try:
-            await asyncio.shield(self._next)
-        except StoreUnavailable:
-            if self._strict:
+            await self._shared_read()
+        except StoreUnavailable as error:
+            since_s = self._clock() - self._confirmed_at_s
+            allowed = since_s < self._grace.seconds and self._grace.held()
+            if not self._away:
+                self._away = True
+                log.error(
+                    "whose shard this is cannot be read; answers that write %s: %s",
+                    "go out unconfirmed" if allowed else "end with this error", error,
+                )  # fmt: skip
+            if not allowed:
                 raise
             self.unconfirmed += 1
+
+    async def watch(self) -> None:
+        """Asks when nobody else does, so that a grace begins with the outage and not with the last answer before it.
+
+        Raises `Fenced`. Returns at once where the grace has no end, or there is none.
+        """
+        pause_s = self._grace.seconds / READS_A_GRACE
+        while 0 < pause_s < math.inf:
+            await asyncio.sleep(pause_s)
+            if self._clock() - self._confirmed_at_s >= pause_s:
+                await self.look()
+
+    async def _shared_read(self) -> None:
+        if self._next is None:
+            self._next = asyncio.create_task(self._after(self._running))
+        await asyncio.shield(self._next)
 
     async def _after(self, running: asyncio.Task[None] | None) -> None:
         if running is not None:
             await asyncio.wait([running])
         self._running, self._next = self._next, None
         self.reads += 1
+        began_at_s = self._clock()
         await asyncio.to_thread(self._read)
+        self._confirmed_at_s, self._away = began_at_s, False

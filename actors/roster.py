@@ -16,28 +16,20 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import torch
-import xxhash
 
-from actors.errors import QueueFull
+from actors.errors import MemoryDamaged, QueueFull
 from actors.figures import Figures
 from actors.guard import Action
 from actors.replicator import Replicator
+from actors.seen import document_id, remember, update_hash, void_updates
 from actors.slab import Resident, Slab
 from actors.unbroken import unbroken
 from actors.vault import Found, Vault
 from actors.watch import Finding, Watch
 from actors.writer import SlotWriter
-from storage.errors import (
-    BadMemoryFile,
-    Fenced,
-    JournalCorrupt,
-    JournalError,
-    StoreError,
-    StoreUnfit,
-    TitanmemError,
-)
+from storage.errors import Fenced, JournalError, StoreError, TitanmemError
 from storage.journal import Journal
-from storage.memory import SEEN_MAX, Memory
+from storage.memory import Memory
 from storage.names import UserKey
 from storage.segment import SEGMENT_TOKENS_MAX, Segment
 from titanmem.fold import Encoder, Fold
@@ -47,16 +39,6 @@ logger = logging.getLogger(__name__)
 
 STORE_INTERVAL_S = 2.0
 """Shortest time between two stored versions of a user who is being written all the time."""
-
-
-def hash_of_name(name: str) -> int:
-    """uint64 under which an update or a document is remembered as already written."""
-    return xxhash.xxh3_64_intdigest(name.encode())
-
-
-def document_id(name: str) -> int:
-    """48 bits of a document's name, see `Resident.tail_of`."""
-    return hash_of_name(name) >> 16
 
 
 class Roster:
@@ -82,16 +64,21 @@ class Roster:
     # -- coming and going -------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def turn(self, key: UserKey, *, upkeep: bool = False) -> AsyncIterator[Resident]:
+    async def turn(
+        self, key: UserKey, *, upkeep: bool = False, leaving: bool = False
+    ) -> AsyncIterator[Resident]:
         """The user's resident, for this caller alone; activated if need be, and not evicted meanwhile.
 
-        With `upkeep` it does not count as a use: the user has rested as long as before.
+        With `upkeep` it does not count as a use: the user has rested as long as before. One whose slot cannot be what
+        was told comes in anew, from store and journal, unless it is `leaving` anyway.
         """
         lock = self._turns.setdefault(key, asyncio.Lock())
         self._waiting[key] = self._waiting.get(key, 0) + 1
         try:
             async with lock:
                 held = self.slab.peek(key) if upkeep else self.slab.get(key)
+                if held is not None and not leaving and await self._drop_damaged(held):
+                    held = None
                 resident = held or await self._activate(key)
                 resident.users += 1
                 try:
@@ -119,25 +106,33 @@ class Roster:
             if not self.slab.has_room():
                 await self._evict_one()
             resident = self.slab.place(key)
-            resident.users += 1
+            resident.users, resident.used_at_s = 1, self._clock()
         try:
             found: Found = await self._in_store_pool(self.vault.newest, key)
             if found.memory is not None:
                 self.vault.restore(found.memory, resident, self.slab)
                 await self.in_fold_pool(self.watch.mark, resident)
+                if void := void_updates(found.memory, resident, self.journal.pending(key)):
+                    logger.warning("%s: %d segments of before another owner are void", key, len(void))
+                    await asyncio.wrap_future(self.journal.disown(key, void))
             await self.replicator.bring_back(
                 key, after_chunk_id=resident.last_chunk_id, epoch=found.memory.epoch if found.memory else 0
             )
-            for value in self.journal.seen(key):
-                self._remember(resident, value)
             pending = self.journal.pending(key, resident.last_chunk_id)
+            # Without segments beyond the version there is nothing that it does not know, and what a journal still has
+            # of an earlier time would push newer hashes out.
+            remember(resident, self.journal.seen(key) if pending else ())
             if found.problem is not None and (not pending or pending[0].first_chunk_id > 1):
                 raise found.problem
+            resident.claimed = found.listed_version > 0
+            if pending:
+                await self._begin(resident)
             for segment in pending:
-                self._report_gap(resident, segment.first_chunk_id - 1)
+                self.watch.report_gap(resident, segment.first_chunk_id - 1)
                 resident.journaled_chunk_id = segment.last_chunk_id
+                remember(resident, [update_hash(segment.update_id)])
                 await self.fold(resident, segment)
-            self._report_gap(resident, found.listed_chunk_id)
+            self.watch.report_gap(resident, found.listed_chunk_id)
             resident.last_chunk_id = resident.journaled_chunk_id = max(
                 resident.last_chunk_id, found.listed_chunk_id
             )
@@ -148,39 +143,20 @@ class Roster:
             )
         except BaseException:
             resident.users -= 1
-            self.drop(resident)
+            if self.slab.peek(key) is resident:  # not if a fold has failed
+                self.drop(resident)
             raise
         resident.users -= 1
         return resident
-
-    async def activate_pending(self) -> None:
-        """Users whose newest tokens are in the journal only come in, so that they can be stored.
-
-        One whose memory or journal is damaged is logged: the others come in all the same.
-        """
-        for key in self.journal.users_pending():
-            try:
-                async with self.turn(key):
-                    pass
-            except (BadMemoryFile, StoreUnfit, JournalCorrupt) as error:
-                logger.error("%s can not come in: %s", key, error)
-
-    def _report_gap(self, resident: Resident, reached: int) -> None:
-        """Say it when chunks up to `reached` were acknowledged, and neither a version nor the journal has them."""
-        lost = reached - resident.last_chunk_id
-        if lost > 0:
-            self._figures.lost_chunks.add("damage", lost)
-            logger.error(
-                "%s: chunks %d to %d are lost: no readable version holds them, nor does the journal any more; a "
-                "snapshot may (`titanmem snapshot restore`)", resident.key, resident.last_chunk_id + 1, reached,
-            )  # fmt: skip
 
     async def _evict_one(self) -> None:
         """Store and release whoever has rested longest; raises QueueFull when everybody is being served."""
         victim = next((r for r in self.slab.residents() if r.users == 0 and r.key not in self._turns), None)
         if victim is None:
             raise QueueFull(f"the slab of {self.slab.slots} slots")
-        async with self.turn(victim.key) as resident:
+        async with self.turn(victim.key, leaving=True) as resident:
+            if await self._drop_damaged(resident):
+                return
             try:
                 await self.store(resident)
             except StoreError as error:
@@ -195,6 +171,17 @@ class Roster:
         self.slab.release(resident)
         resident.users = users
         self.replicator.leave(resident.key)
+
+    async def _drop_damaged(self, resident: Resident) -> bool:
+        """Whether the slot held what is no number, and was given back: nothing is lost, the journal has it."""
+        if not await asyncio.to_thread(self.watch.is_damaged, resident):
+            return False
+        self._figures.rollbacks.add("ram")
+        logger.error(
+            "%s: the memory in RAM was damaged: it comes in anew from store and journal", resident.key
+        )
+        self.drop(resident)
+        return True
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -214,19 +201,46 @@ class Roster:
         )  # fmt: skip
 
     async def append(self, resident: Resident, segment: Segment, seen: Sequence[int] = ()) -> bool:
-        """Make a segment durable; False when its update id was already there, and nothing is to be done."""
+        """Make a segment durable; False when its update id was already there, and nothing is to be done.
+
+        The first one of a user without versions waits for the store (`Vault.begin`).
+        """
+        try:
+            await self._begin(resident)
+        except StoreError:
+            self.drop(resident)
+            raise
         appended = await asyncio.wrap_future(self.journal.append(segment, seen))
-        for value in seen:
-            self._remember(resident, value)
+        remember(resident, [*seen, update_hash(segment.update_id)])
         if appended.duplicate:
             return False
         self.replicator.add(segment, seen)
         resident.journaled_chunk_id = segment.last_chunk_id
         return True
 
+    async def _begin(self, resident: Resident) -> None:
+        if resident.claimed:
+            return
+        try:
+            await self._in_store_pool(self.vault.begin, resident.key)
+        except Fenced as error:
+            self.fenced = error
+            raise
+        resident.claimed = True
+
     async def fold(self, resident: Resident, segment: Segment) -> Fold:
-        """Write a journalled segment into its user's slot."""
-        return self._folded(resident, segment, await self.in_fold_pool(self.writer.fold, resident, segment))
+        """Write a journalled segment into its user's slot. If that fails, the user has to come in again, with it."""
+        done = problem = None
+        try:
+            done = await self.in_fold_pool(self.writer.fold, resident, segment)
+        except Exception as error:
+            problem = error
+        if await self._drop_damaged(resident):
+            raise MemoryDamaged(str(resident.key)) from problem
+        if done is None:
+            self.drop(resident)
+            raise problem or AssertionError("a fold does something or fails")
+        return self._folded(resident, segment, done)
 
     async def settle(
         self, resident: Resident, segment: Segment, copy_1HD: torch.Tensor, updates: int
@@ -255,12 +269,6 @@ class Roster:
         self._figures.updates.add("written" if done.updates else "skipped", done.chunks)
         self.watch.note(resident, done)
         return done
-
-    def _remember(self, resident: Resident, value: int) -> None:
-        resident.seen[value] = None
-        resident.seen.move_to_end(value)
-        while len(resident.seen) > SEEN_MAX:
-            resident.seen.popitem(last=False)
 
     # -- resting ----------------------------------------------------------------------------------------------
 
@@ -297,6 +305,7 @@ class Roster:
         version = await self._save(resident.memory_version, lambda: self.vault.put_state(resident, self.slab))
         resident.stored_version, resident.tokens_since_stored = version, 0
         before, resident.stored_chunk_id = resident.stored_chunk_id, chunk
+        resident.claimed = True
         await self.in_fold_pool(self.watch.mark, resident)
         if before:
             try:
@@ -304,6 +313,9 @@ class Roster:
                 await self.replicator.trim(resident.key, before)
             except JournalError as error:  # stored it is: the next version's trim takes these segments too
                 logger.warning("%s: the journal keeps what is stored, for now: %s", resident.key, error)
+        if not resident.swept:
+            resident.swept = True
+            await self._in_store_pool(self.vault.sweep, resident.key)
         return True
 
     async def check(self, resident: Resident, *, resting: bool = False) -> Finding | None:

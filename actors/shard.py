@@ -23,8 +23,8 @@ from actors.errors import NotOwner, ShardNotOpen
 from actors.handover import LOCK_WAIT_S, wait_until_free
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from actors.options import ShardOptions
-from actors.ownership import Gate, confirm
-from storage.errors import Fenced, JournalFailed
+from actors.ownership import Gate, Grace, confirm
+from storage.errors import Fenced, JournalFailed, StoreError
 from storage.names import UserKey, bucket_of
 from storage.store import open_store
 from titanmem import tracing
@@ -70,6 +70,7 @@ class MemoryShard:
         self._node = ""
         self._keeper: Any = None
         self._gate: Gate | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._chats: dict[str, asyncio.Task[Any]] = {}
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
@@ -87,8 +88,11 @@ class MemoryShard:
         read = partial(confirm, store, self._shard, self._epoch)
         await asyncio.to_thread(read)
         await asyncio.to_thread(wait_until_free, options.keeper.journal, LOCK_WAIT_S)
-        self._gate = Gate(read, strict=options.keeper.durability == "sync")
+        self._gate = Gate(
+            read, Grace(seconds=options.keeper.grace_s, held=lambda: self._keeper.holds_journal())
+        )
         self._keeper = await resolve(options.open_keeper)(replace(options.keeper, buckets=options.buckets))
+        self._watch = asyncio.create_task(self._watch_gate(self._gate))
         self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._state = "ready"
         log.info("%s serves %d buckets, epoch %d", self._shard, len(options.buckets), self._epoch)
@@ -98,6 +102,8 @@ class MemoryShard:
         """Takes no more calls, and lets the keeper store every memory that is not stored yet."""
         if self._keeper is not None and self._state in ("ready", "draining"):
             self._state = "stopped"
+            if self._watch is not None:
+                self._watch.cancel()
             await self._keeper.close()
 
     @method(concurrency_group="health")
@@ -135,6 +141,7 @@ class MemoryShard:
     async def chat(self, call: ChatCall, epoch: int) -> AsyncIterator[TokenEvent | DoneEvent]:
         """The keeper's events, `DoneEvent` after the ownership check. Cancelling the call ends it at once."""
         keeper = self._admit(call.key, epoch)
+        assert self._gate is not None, "an open shard has a gate"
         if call.request_id in self._early_cancels:
             del self._early_cancels[call.request_id]
             return
@@ -147,7 +154,7 @@ class MemoryShard:
         try:
             async for event in events:
                 if isinstance(event, DoneEvent):
-                    await self._confirm()
+                    await (self._confirm() if event.memory == "read_write" else self._gate.look())
                 yield event
         except BaseException as error:
             tracing.failed(span, error)
@@ -259,6 +266,12 @@ class MemoryShard:
     async def _confirm(self) -> None:
         assert self._gate is not None, "an open shard has a gate"
         await self._gate.confirm()
+
+    async def _watch_gate(self, gate: Gate) -> None:
+        try:
+            await gate.watch()
+        except StoreError as error:
+            self._noticed(error)
 
     def _noticed(self, error: BaseException) -> None:
         """A fenced shard serves nobody from here on, and ends as soon as its answer is out.

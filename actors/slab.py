@@ -89,6 +89,10 @@ class Resident:
     """Hashes of what was already written, oldest first."""
     stored_version: int = 0
     """Newest version in the store."""
+    claimed: bool = False
+    """HEAD carries this owner's epoch: nobody who was owner before can store a version any more."""
+    swept: bool = False
+    """What crashes of earlier owners may have left of versions is removed."""
     stored_chunk_id: int = 0
     """Last chunk of that version. The journal is trimmed to it only when the next version is stored."""
     unsettled: Memory | None = None

@@ -15,7 +15,8 @@ import numpy as np
 
 from actors.engine import Ending, Engine, Generation
 from actors.messages import ChatCall, DoneEvent, TokenEvent
-from actors.roster import Roster, hash_of_name
+from actors.roster import Roster
+from actors.seen import remember, update_hash
 from actors.slab import Resident
 from storage.segment import SEGMENT_TOKENS_MAX, Segment
 from titanmem.fold import Fold
@@ -107,7 +108,7 @@ class Turn:
                     resident, update_id=f"{self.call.update_id}:in:{number}", conversation=self.call.conversation,
                     role="user", context=joined([context, new[:start]]), tokens=new[start:end],
                 )  # fmt: skip
-                if not await self.roster.append(resident, segment, seen if final else ()):
+                if not await self._append(resident, segment, seen if final else []):
                     continue
                 if final:
                     last = [segment]
@@ -128,9 +129,16 @@ class Turn:
                 role="assistant", context=joined([prompt, reply[:start]]), tokens=tokens,
             )  # fmt: skip
             seen = [prefix_hash(before, "assistant", done.text)] if start + len(tokens) == len(reply) else []
-            if await self.roster.append(resident, segment, seen):
+            if await self._append(resident, segment, seen):
                 segments.append(segment)
         return segments
+
+    async def _append(self, resident: Resident, segment: Segment, seen: list[int]) -> bool:
+        """Journal a segment; False if it is written already, which the memory knows even where no journal does."""
+        if update_hash(segment.update_id) not in resident.seen:
+            return await self.roster.append(resident, segment, seen)
+        remember(resident, seen)
+        return False
 
     async def _reply(self, resident: Resident | None) -> DoneEvent:
         """Generate; events go out as they come. The ids made so far are in `_ids` afterwards."""
@@ -183,8 +191,3 @@ def cut_at(text: str, stops: tuple[str, ...]) -> str | None:
     """The text before the first stop string; None when there is none in it."""
     found = [text.find(stop) for stop in stops if stop in text]
     return text[: min(found)] if found else None
-
-
-def update_hash(update_id: str) -> int:
-    """Under which an update of a document is remembered in the memory's file."""
-    return hash_of_name("update:" + update_id)

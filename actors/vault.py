@@ -22,6 +22,8 @@ from storage.errors import (
     CorruptIndex,
     Forgotten,
     NoSuchMemory,
+    StoreError,
+    StoreUnavailable,
     StoreUnfit,
     VersionConflict,
     WrongBase,
@@ -118,6 +120,30 @@ class Vault:
             memory=memory, problem=problem, listed_version=versions[0].version, listed_chunk_id=reach
         )
 
+    def begin(self, key: UserKey) -> None:
+        """Before the first write for a user who came in without a version: shuts out whoever was owner before us.
+
+        Their first version would count chunks that our journal counts otherwise. Raises Fenced when we are older, and
+        StoreUnavailable when one of theirs has come in since we looked: the user has to come in again, with it.
+        """
+        try:
+            self.store.claim(key, epoch=self.epoch, begin=True)
+        except Forgotten:  # a new memory begins
+            self.store.clear_tombstone(key, self.epoch)
+            self.store.claim(key, epoch=self.epoch, begin=True)
+        if self.store.versions(key):
+            raise StoreUnavailable(
+                f"{key}: a version of the owner before has just come in; try again", key=str(key)
+            )
+
+    def sweep(self, key: UserKey) -> None:
+        """Remove what crashes of earlier owners have left of versions; what cannot be removed now stays."""
+        try:
+            for name in self.store.sweep(key, epoch=self.epoch):
+                logger.info("%s was listed by no HEAD and is removed", name)
+        except StoreError as error:
+            logger.warning("%s: versions that no HEAD lists are left for now: %s", key, error)
+
     def _listed(self, key: UserKey) -> list[VersionInfo]:
         why: object = "it is gone"
         try:
@@ -172,6 +198,7 @@ class Vault:
         resident.falls = int(memory.stats.get("falls", 0))
         resident.frozen = bool(memory.stats.get("frozen", 0))
         resident.tokens_since_stored = 0
+        resident.claimed, resident.swept = True, memory.epoch == self.epoch
 
     def reservoir_of(self, memory: Memory, spec: MemorySpec) -> Reservoir:
         """The reservoir of a file; files of before there was one have none. Raises CorruptIndex."""

@@ -16,8 +16,11 @@ version and nothing to replay. A journalled "back to version v" would need the s
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+import torch
 
 from actors import guard
 from actors.figures import Figures
@@ -64,6 +67,12 @@ class Watch:
         resident.crowded = False
         (self.frozen.add if resident.frozen else self.frozen.discard)(resident.key)
 
+    def is_damaged(self, resident: Resident) -> bool:
+        """Whether the slot holds NaN or an infinity, which no fold writes: it could neither answer nor be stored."""
+        with resident.lock.shared():
+            # One number says it: a sum of finite float16 values is finite in float32.
+            return not math.isfinite(float(self._slab.written_SHD[resident.slot].sum(dtype=torch.float32)))
+
     def note(self, resident: Resident, done: Fold) -> None:
         """Say what the bounds of a fold did."""
         for action in guard.on_fold(done):
@@ -78,6 +87,16 @@ class Watch:
                     resident.key,
                     100 * done.utilisation,
                 )
+
+    def report_gap(self, resident: Resident, reached: int) -> None:
+        """Say it when chunks up to `reached` were acknowledged, and neither a version nor the journal has them."""
+        lost = reached - resident.last_chunk_id
+        if lost > 0:
+            self._figures.lost_chunks.add("damage", lost)
+            logger.error(
+                "%s: chunks %d to %d are lost: no readable version holds them, nor does the journal any more; a "
+                "snapshot may (`titanmem snapshot restore`)", resident.key, resident.last_chunk_id + 1, reached,
+            )  # fmt: skip
 
     def look(self, resident: Resident, resting: bool) -> Finding | None:
         """Ask the probes; None if recall has not fallen. Changes nothing of the memory.

@@ -17,6 +17,7 @@ import ray
 
 from actors.handover import hand_over
 from actors.options import KeeperOptions, ShardOptions
+from actors.ownership import retire
 from cluster.config import Config
 from cluster.errors import BadRequest, NotReady
 from cluster.handles import COORDINATOR, NAMESPACE, SNAPSHOTTER, Handle, find
@@ -158,6 +159,7 @@ class Coordinator:
             # Nothing runs: the one moment in which buckets may move and journals may be opened by others.
             after = await asyncio.to_thread(settle, store, self._config.shards)
             self._moves = moved(before, after) if before else 0
+            await asyncio.to_thread(retire, store, after.names, cluster=self._cluster)
             await asyncio.to_thread(self._hand_over, after)
             before = after
         self._map = before

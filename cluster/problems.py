@@ -47,6 +47,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     actor_errors.QueueFull: Problem(429, RATE, "queue_full"),
     actor_errors.NoMemoryWeights: Problem(409, REQUEST, "no_memory_weights"),
     actor_errors.MemoryFrozen: Problem(409, REQUEST, "memory_frozen", "user"),
+    actor_errors.MemoryDamaged: Problem(503, SERVER, "memory_damaged", "user"),
     cluster_errors.ShardUnavailable: Problem(503, SERVER, "shard_unavailable"),
     cluster_errors.NotReady: Problem(503, SERVER, "not_ready"),
     actor_errors.NotOwner: Problem(503, SERVER, "not_owner"),

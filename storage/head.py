@@ -5,6 +5,7 @@ Whoever swaps HEAD by a conditional write has committed; a version that no HEAD 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -42,6 +43,12 @@ assert MEMORY_VERSION_MAX < 10**12, "names sort like versions: twelve digits hol
 assert EPOCH_MAX < 10**8, "eight digits hold every epoch"
 
 
+def number_and_epoch(file: str) -> tuple[int, int] | None:
+    """Version and epoch of a file's name (`VersionInfo.file`), None for any other name."""
+    found = re.fullmatch(r"v(\d{12})-e(\d{8})\.titanmem", file)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
 def hash_of(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
@@ -57,6 +64,8 @@ class Head:
     epoch: int
     versions: tuple[VersionInfo, ...]
     dropped: tuple[str, ...] = ()
+    begun: bool = False
+    """Made by an owner before the first version, to carry the epoch: that it lists nothing is no loss."""
 
     @property
     def newest(self) -> VersionInfo | None:
@@ -124,7 +133,13 @@ class Head:
         ]
         # Beside the lines, where a release that does not know of them passes over them.
         chunks = [info.last_chunk_id for info in self.versions]
-        return {"epoch": self.epoch, "versions": lines, "dropped": list(self.dropped), "last_chunks": chunks}
+        record = {
+            "epoch": self.epoch,
+            "versions": lines,
+            "dropped": list(self.dropped),
+            "last_chunks": chunks,
+        }
+        return {**record, "begun": True} if self.begun else record
 
     @classmethod
     def from_record(cls, record: dict[str, Any], name: str) -> Head:
@@ -142,6 +157,9 @@ class Head:
                 )
                 for line, chunk in zip(lines, chunks, strict=True)
             )
-            return cls(epoch=int(record["epoch"]), versions=versions, dropped=tuple(record["dropped"]))
+            return cls(
+                epoch=int(record["epoch"]), versions=versions, dropped=tuple(record["dropped"]),
+                begun=bool(record.get("begun", False)),
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise StoreUnfit(f"{name}: this record is no HEAD of a user: {error!r}", name=name) from error

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from storage import journal_db
 from storage.errors import JournalCorrupt, JournalError
@@ -31,7 +31,7 @@ from storage.segment import (
     segment_to_row,
 )
 
-__all__ = ["CONTEXT_TOKENS_MAX", "SEGMENT_TOKENS_MAX", "Appended", "Journal", "Segment"]
+__all__ = ["CONTEXT_TOKENS_MAX", "SEGMENT_TOKENS_MAX", "Appended", "Journal", "Segment", "Update"]
 
 JOURNAL_BYTES_MAX = 1 << 30
 JOURNAL_BYTES_MIN = 1 << 20
@@ -52,6 +52,16 @@ class Appended:
 
     duplicate: bool
     outcome: dict[str, Any] | None = None
+
+
+class Update(NamedTuple):
+    """One update id as a journal knows it."""
+
+    update_id: str
+    outcome: str | None
+    """JSON of what it did; None if it has none, or none yet."""
+    at: float
+    """Seconds since the epoch."""
 
 
 class Journal:
@@ -78,6 +88,7 @@ class Journal:
         self._read_lock = threading.Lock()
         self._writer = JournalWriter(self.path, self._db, self._read_lock, bytes_max)
         self._aged_at = float("-inf")
+        self._inode = _inode(self.path)
 
     def append(self, segment: Segment, seen: Sequence[int] = ()) -> Future[Appended]:
         """Writes the segment and the hashes (uint64) seen with it; done when both are on the disk.
@@ -121,6 +132,34 @@ class Journal:
         where = (str(key), update_id)
         rows = self._query("SELECT outcome FROM updates WHERE owner = ? AND update_id = ?", where)
         return json.loads(rows[0][0]) if rows and rows[0][0] else None
+
+    def updates(self, key: UserKey) -> list[Update]:
+        """All that is known of a user's updates, whether their segments are still here or not."""
+        sql = "SELECT update_id, outcome, at FROM updates WHERE owner = ? ORDER BY update_id"
+        return [Update(*row) for row in self._query(sql, (str(key),))]
+
+    def adopt(self, key: UserKey, updates: Sequence[Update]) -> Future[None]:
+        """Makes updates known that another journal knows; after the segments that came with them are appended."""
+        rows = [(str(key), update.update_id, update.outcome, update.at) for update in updates]
+        sql = (
+            "INSERT INTO updates VALUES (?, ?, ?, ?) ON CONFLICT (owner, update_id) "
+            "DO UPDATE SET outcome = coalesce(outcome, excluded.outcome)"
+        )
+
+        def change(db: sqlite3.Connection) -> None:
+            db.executemany(sql, rows)
+
+        return self._writer.submit(change)
+
+    def disown(self, key: UserKey, update_ids: Sequence[str]) -> Future[None]:
+        """Drops updates, and their segments, that another owner went on without: a retry of one is new."""
+        rows = [(str(key), update_id) for update_id in update_ids]
+
+        def change(db: sqlite3.Connection) -> None:
+            for table in ("segments", "updates"):
+                db.executemany(f"DELETE FROM {table} WHERE owner = ? AND update_id = ?", rows)
+
+        return self._writer.submit(change)
 
     def pending(self, key: UserKey, after_chunk_id: int = 0) -> list[Segment]:
         """The user's segments that end after a chunk, in order. Raises `JournalCorrupt` for a damaged row."""
@@ -187,6 +226,11 @@ class Journal:
             UserKey.parse(row[0]) for row in self._query("SELECT DISTINCT owner FROM segments ORDER BY owner")
         ]
 
+    def users(self) -> list[UserKey]:
+        """Users of whom there is anything at all, in order of their names."""
+        sql = "SELECT owner FROM segments UNION SELECT owner FROM updates UNION SELECT owner FROM seen"
+        return [UserKey.parse(row[0]) for row in self._query(f"{sql} ORDER BY owner")]
+
     def bytes(self) -> int:
         """Bytes in use: segments, outcomes and hashes of all users, and what waits to be written."""
         return self._writer.bytes()
@@ -204,15 +248,27 @@ class Journal:
 
     def forget(self, key: UserKey) -> int:
         """Erases all that the journal has of a user, beyond recovery; the number of segments. Blocks."""
+        return self.release([key])
+
+    def release(self, keys: Sequence[UserKey]) -> int:
+        """The same for several users at once."""
+        owners = [(str(key),) for key in keys]
 
         def change(db: sqlite3.Connection) -> int:
-            where = (str(key),)
-            dropped = db.execute("DELETE FROM segments WHERE owner = ?", where).rowcount
-            db.execute("DELETE FROM updates WHERE owner = ?", where)
-            db.execute("DELETE FROM seen WHERE owner = ?", where)
+            dropped = db.executemany("DELETE FROM segments WHERE owner = ?", owners).rowcount
+            db.executemany("DELETE FROM updates WHERE owner = ?", owners)
+            db.executemany("DELETE FROM seen WHERE owner = ?", owners)
             return dropped
 
         return self._writer.submit(change, erase=True).result()
+
+    def is_held(self) -> bool:
+        """Whether the files of that name are those which this process has locked: then nobody has opened them since."""
+        try:
+            lock = os.stat(f"{self.path}.lock")
+            return os.path.samestat(lock, os.fstat(self._lock_handle)) and _inode(self.path) == self._inode
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Writes what was submitted, then closes the files. May be called twice."""
@@ -259,6 +315,11 @@ class Journal:
             (now - OUTCOMES_KEPT_S,),
         )
         db.execute("DELETE FROM seen WHERE owner NOT IN (SELECT owner FROM updates)")
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def _signed(value: int) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import secrets
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 from storage.errors import StoreUnavailable, StoreUnfit, VersionConflict, shorten
@@ -75,6 +76,10 @@ class RecordStore:
     ) -> str:
         """Writes a record, returns its tag. Raises `VersionConflict` when the precondition does not hold."""
         return self.objects.put(name, encode_record(record), if_tag=if_tag, if_absent=if_absent)
+
+    def record_names(self, prefix: str) -> Iterator[str]:
+        """Names of the records, and whatever else there is, under a prefix; in order."""
+        return (info.name for info in self.objects.list(prefix))
 
     def next_epoch(self) -> int:
         """An epoch that nobody else has or will get, larger than all before."""

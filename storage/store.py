@@ -29,7 +29,7 @@ from storage.errors import (
     Truncated,
     VersionConflict,
 )
-from storage.head import Head, VersionInfo, hash_of, user_folder
+from storage.head import Head, VersionInfo, hash_of, number_and_epoch, user_folder
 from storage.names import UserKey, check_name
 from storage.objects import Objects, open_objects
 from storage.records import SWAP_ATTEMPTS_MAX, RecordStore
@@ -146,15 +146,41 @@ class MemoryStore(RecordStore):
         """The newest epoch that has written this user; 0 when none has."""
         return self._head(key)[0].epoch
 
-    def claim(self, key: UserKey, *, epoch: int) -> None:
+    def claim(self, key: UserKey, *, epoch: int, begin: bool = False) -> None:
         """Shuts out writers of older epochs before our first write. Raises `Fenced` when we are older.
 
-        Does nothing for a user who has no version yet: there is no HEAD to carry the epoch.
+        Where there is no HEAD, nothing carries the epoch, and an older owner may still store a first version: with
+        `begin` a HEAD without versions is made. That is for an owner who is about to write: who is only looked up
+        leaves no trace. Raises `Forgotten` then while a tombstone is in force.
+        """
+        head, tag = self._head(key)
+        head.check_epoch(key, epoch)
+        if (tag is not None or begin) and head.epoch < epoch:
+            absent = tag is None
+            self._swap(
+                key, epoch,
+                lambda head: replace(head, epoch=epoch, begun=head.begun or (absent and not head.versions)),
+            )  # fmt: skip
+
+    def sweep(self, key: UserKey, *, epoch: int) -> list[str]:
+        """Removes the user's version files that no HEAD will list any more, such as a crash leaves; their names.
+
+        That is a file of an older epoch than HEAD's, since none of that epoch can swap HEAD again, and not newer than
+        what HEAD lists: one beyond it may be all that is left of a HEAD that was made anew. Raises `Fenced`.
         """
         head, _ = self._head(key)
         head.check_epoch(key, epoch)
-        if head.versions and head.epoch < epoch:
-            self._swap(key, epoch, lambda head: replace(head, epoch=epoch))
+        if head.newest is None:
+            return []
+        listed = {info.file for info in head.versions}
+        removed: list[str] = []
+        for name in self._files(key):
+            file = name.rpartition("/")[2]
+            written = None if file in listed else number_and_epoch(file)
+            if written is not None and written[0] <= head.newest.version and written[1] < head.epoch:
+                self.objects.delete(name)
+                removed.append(name)
+        return removed
 
     def pin(self, key: UserKey, version: int, *, epoch: int, pinned: bool = True) -> VersionInfo:
         """Keeps a version until it is released. Raises `NoSuchMemory`, `Fenced`."""
@@ -208,7 +234,9 @@ class MemoryStore(RecordStore):
 
     def has_lost_head(self, key: UserKey) -> bool:
         """Whether HEAD lists nothing although there are versions of a user who was not erased."""
-        return not self.versions(key) and any(self._files(key)) and self.tombstone(key) is None
+        head = self._head(key)[0]
+        lists = bool(head.versions) or head.begun
+        return not lists and any(self._files(key)) and self.tombstone(key) is None
 
     def _files(self, key: UserKey) -> Iterator[str]:
         """Names of the user's versions, listed or not, oldest first."""

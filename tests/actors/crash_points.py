@@ -159,10 +159,8 @@ class Killer:
 
         put_in_place(sqlite3, connect=functools.partial(sqlite3.connect, factory=Tapped))
         self._wrap(JournalWriter, "_apply", after="journal.answered", when=lambda *_: not self.handing_over)
-        self._wrap(
-            Journal, "set_outcome", before="handover.before_outcome", when=lambda *_: self.handing_over
-        )
-        self._wrap(Journal, "forget", before="handover.before_forget", after="handover.forgotten")
+        self._wrap(Journal, "adopt", before="handover.before_outcome")
+        self._wrap(Journal, "release", before="handover.before_forget", after="handover.forgotten")
         self._wrap(Journal, "trim", before="store.before_trim")
 
     # -- updates, activation, stored versions -----------------------------------------------------------------
@@ -192,8 +190,6 @@ class Killer:
             return stored
 
         def tapped_set_outcome(journal: Any, *arguments: Any) -> Any:
-            if self.handing_over:
-                return set_outcome(journal, *arguments)
             self.at("ingest.before_outcome")
             future = set_outcome(journal, *arguments)
             if self.point == "ingest.outcome":

@@ -37,6 +37,7 @@ class FakeKeeper:
         self.updates: dict[UserKey, dict[str, list[int]]] = {}
         self.cancelled: list[str] = []
         self.running = 0
+        self.holds = True
         self._path = Path(options.journal_dir) / (options.shard + SUFFIX)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
@@ -154,6 +155,9 @@ class FakeKeeper:
 
     async def metrics(self) -> bytes:
         return f"titan:resident_users {len(self.updates)}\n".encode()
+
+    def holds_journal(self) -> bool:
+        return self.holds
 
     async def close(self) -> None:
         self._path.with_suffix(".closed").touch()

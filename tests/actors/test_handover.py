@@ -85,6 +85,36 @@ def test_segments_hashes_and_outcomes_go_to_the_new_owner(tmp_path: Path) -> Non
     assert hand_over(tmp_path, owner_among(2), Journal) == Handover(journals=2, users=0, segments=0)
 
 
+def test_updates_whose_segments_are_trimmed_go_along(tmp_path: Path) -> None:
+    fill(tmp_path, "shard-0", USERS)
+    with journal(tmp_path, "shard-0") as opened:
+        for key in USERS:
+            opened.trim(key, 2 if key in USERS[:3] else 3).result(10)
+    assert hand_over(tmp_path, owner_among(2), Journal) == Handover(journals=1, users=3, segments=1)
+    for shard, users in (("shard-0", USERS[::2]), ("shard-1", USERS[1::2])):
+        with journal(tmp_path, shard) as opened:
+            assert opened.users() == users
+            for key in users:
+                assert [opened.outcome(key, f"{key.user}-{n}") for n in (1, 2, 3)] == [
+                    {"n": 1},
+                    {"n": 2},
+                    {"n": 3},
+                ]
+                again = opened.append(segment(key, 1)).result(10)
+                assert again.duplicate
+
+
+def test_updates_of_void_segments_stay_behind(tmp_path: Path) -> None:
+    for shard, epoch, chunks in (("shard-0", 1, (1, 2, 3)), ("shard-1", 2, (3, 4))):
+        with journal(tmp_path, shard) as opened:
+            for n in chunks:
+                opened.append(segment(USERS[1], n, epoch), []).result(10)
+    hand_over(tmp_path, owner_among(2), Journal)
+    with journal(tmp_path, "shard-1") as opened:
+        known = [update.update_id for update in opened.updates(USERS[1])]
+    assert known == ["u1-1-1", "u1-2-1", "u1-3-2", "u1-4-2"]
+
+
 def test_a_shard_that_no_longer_exists_gives_up_everything(tmp_path: Path) -> None:
     for shard in range(3):
         fill(tmp_path, f"shard-{shard}", USERS[shard::3])
@@ -131,13 +161,13 @@ def crashing(calls_left: list[int]) -> Callable[[Path], Any]:
             self._tick()
             return super().append(*args, **kwargs)
 
-        def set_outcome(self, *args: Any, **kwargs: Any) -> Any:
+        def adopt(self, *args: Any, **kwargs: Any) -> Any:
             self._tick()
-            return super().set_outcome(*args, **kwargs)
+            return super().adopt(*args, **kwargs)
 
-        def forget(self, key: UserKey) -> int:
+        def release(self, *args: Any, **kwargs: Any) -> int:
             self._tick()
-            return super().forget(key)
+            return super().release(*args, **kwargs)
 
     return Crashing
 
@@ -160,7 +190,7 @@ def test_a_crash_at_any_point_loses_and_repeats_nothing(tmp_path: Path, back: bo
         if back:
             assert contents(folder, "shard-1") == {}
         changes += 1
-    assert changes == 7, "three segments, three outcomes, one removal: each was a point to crash at"
+    assert changes == 5, "three segments, their outcomes, one removal: each was a point to crash at"
 
 
 def test_a_damaged_journal_stops_the_start_and_names_the_file(tmp_path: Path) -> None:

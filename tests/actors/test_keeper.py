@@ -292,6 +292,7 @@ async def test_an_older_epoch_cannot_store(options, tmp_path):
 async def test_a_store_that_is_gone_does_not_stop_whoever_is_resident(options, model, tmp_path):
     async with opened(options) as keeper:
         await keeper.ingest(piece(ALICE, 1))
+        (tmp_path / "store").rename(tmp_path / "unmounted")
         (tmp_path / "store").write_text("a file where the folder should be")
         with pytest.raises(StoreError):
             await keeper.flush()
@@ -300,6 +301,7 @@ async def test_a_store_that_is_gone_does_not_stop_whoever_is_resident(options, m
         assert b'titan:store_errors_total{op="put"' in await keeper.metrics()
         before = await state(keeper, ALICE)
         (tmp_path / "store").unlink()
+        (tmp_path / "unmounted").rename(tmp_path / "store")
         assert await keeper.flush() == 1
     async with opened(options, epoch=2) as keeper:
         assert same(await state(keeper, ALICE), before)

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from actors.ownership import OWNERS_PREFIX, Gate, Owner, announce, claim, confirm, read_owner
+from actors.ownership import (
+    OWNERS_PREFIX,
+    READS_A_GRACE,
+    Gate,
+    Grace,
+    Owner,
+    announce,
+    claim,
+    confirm,
+    read_owner,
+    retire,
+)
 from storage.errors import Fenced, StoreError, StoreUnavailable
 from storage.store import MemoryStore, open_store
 
@@ -100,7 +111,7 @@ async def test_waiting_confirmations_share_a_read_that_begins_after_they_ask() -
         begun.set()
         assert go.wait(5)
 
-    gate = Gate(read)
+    gate = Gate(read, Grace())
     first = asyncio.create_task(gate.confirm())
     assert await asyncio.to_thread(begun.wait, 5)
     later = [asyncio.create_task(gate.confirm()) for _ in range(50)]
@@ -123,7 +134,7 @@ async def test_a_read_that_was_running_does_not_count_for_a_later_question() -> 
         if found:
             raise Fenced("over")
 
-    gate = Gate(read)
+    gate = Gate(read, Grace())
     before = asyncio.create_task(gate.confirm())
     assert await asyncio.to_thread(begun.wait, 5)
     over.set()
@@ -141,7 +152,7 @@ async def test_one_that_gives_up_does_not_take_the_read_from_the_others() -> Non
     def read() -> None:
         assert go.wait(5)
 
-    gate = Gate(read)
+    gate = Gate(read, Grace())
     impatient, patient = asyncio.create_task(gate.confirm()), asyncio.create_task(gate.confirm())
     await asyncio.sleep(0.01)
     impatient.cancel()
@@ -151,21 +162,103 @@ async def test_one_that_gives_up_does_not_take_the_read_from_the_others() -> Non
         await impatient
 
 
-async def test_a_strict_gate_lets_nobody_through_who_may_be_fenced() -> None:
-    def read() -> None:
-        raise StoreUnavailable("away")
+def away() -> None:
+    raise StoreUnavailable("away")
 
-    gate = Gate(read, strict=True)
+
+async def test_without_a_grace_nobody_is_let_through_who_may_be_fenced() -> None:
+    gate = Gate(away, Grace(seconds=0.0))
     with pytest.raises(StoreUnavailable, match="away"):
         await gate.confirm()
     assert gate.unconfirmed == 0
 
 
-async def test_a_store_that_is_away_is_counted_and_does_not_stop_the_answer() -> None:
-    def read() -> None:
-        raise StoreUnavailable("away")
-
-    gate = Gate(read)
+async def test_a_store_that_is_away_is_counted_and_does_not_stop_the_answer(caplog) -> None:
+    gate = Gate(away, Grace())
     await gate.confirm()
     await gate.confirm()
     assert gate.unconfirmed == 2
+    assert [record.levelname for record in caplog.records] == ["ERROR"], "said once an outage"
+
+
+async def test_a_journal_that_another_may_have_opened_ends_the_grace() -> None:
+    held = [True]
+    gate = Gate(away, Grace(held=lambda: held[0]))
+    await gate.confirm()
+    held[0] = False
+    with pytest.raises(StoreUnavailable):
+        await gate.confirm()
+    assert gate.unconfirmed == 1
+
+
+async def test_a_grace_ends_some_time_after_the_last_read_that_found_our_epoch_began() -> None:
+    now, fails = [0.0], [False]
+
+    def read() -> None:
+        now[0] += 5.0  # it takes long: what it found may be as old as its beginning
+        if fails[0]:
+            away()
+
+    gate = Gate(read, Grace(seconds=60.0), clock=lambda: now[0])
+    now[0] = 100.0
+    await gate.confirm()
+    fails[0] = True
+    now[0] = 154.9
+    await gate.confirm()
+    assert gate.unconfirmed == 1
+    with pytest.raises(StoreUnavailable):
+        await gate.confirm()
+    await gate.look()
+    fails[0] = False
+    await gate.confirm()
+    fails[0] = True
+    await gate.confirm()
+    assert gate.unconfirmed == 2, "a new outage, a new grace"
+
+
+async def test_an_answer_that_has_written_nothing_needs_no_grace_and_hears_of_a_new_owner() -> None:
+    await Gate(away, Grace(seconds=0.0)).look()
+
+    def over() -> None:
+        raise Fenced("over")
+
+    with pytest.raises(Fenced):
+        await Gate(over, Grace()).look()
+
+
+async def test_who_rests_asks_too_where_a_grace_has_an_end() -> None:
+    reads = 0
+
+    def read() -> None:
+        nonlocal reads
+        reads += 1
+        if reads == 2:
+            away()
+        if reads == 3:
+            raise Fenced("over")
+
+    async with asyncio.timeout(10):
+        with pytest.raises(Fenced):
+            await Gate(read, Grace(seconds=0.02 * READS_A_GRACE)).watch()
+        await Gate(read, Grace()).watch()
+        await Gate(read, Grace(seconds=0.0)).watch()
+    assert reads == 3
+
+
+def test_shards_that_the_map_has_no_more_are_fenced_once(store: MemoryStore) -> None:
+    """A map of four was settled anew for two; the record of one of the four was never written."""
+    taken = {
+        name: claim(store, name, cluster="old", incarnation="i", take_over=True)
+        for name in ("shard-0", "shard-1", "shard-3")
+    }
+    assert retire(store, ["shard-0", "shard-1"], cluster="new") == ["shard-3"]
+    assert retire(store, ["shard-0", "shard-1"], cluster="newer") == []
+    for name in ("shard-0", "shard-1"):
+        confirm(store, name, taken[name].epoch)
+    with pytest.raises(Fenced):
+        confirm(store, "shard-3", taken["shard-3"].epoch)
+    with pytest.raises(Fenced, match="another cluster"):
+        claim(store, "shard-3", cluster="old", incarnation="i", take_over=False)
+    again = claim(store, "shard-3", cluster="newest", incarnation="i", take_over=True)
+    confirm(store, "shard-3", again.epoch)
+    assert retire(store, ["shard-0", "shard-1", "shard-3"], cluster="newest") == []

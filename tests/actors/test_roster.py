@@ -28,8 +28,8 @@ ALICE = UserKey("local", "alice")
 class Unsure:
     """`Objects` that once answer nothing to a write of HEAD, which happens, or happens when the next one comes."""
 
-    def __init__(self, objects: Objects, happens: str) -> None:
-        self._objects, self._happens = objects, happens
+    def __init__(self, objects: Objects) -> None:
+        self._objects, self.happens = objects, ""
         self._late: tuple[str, bytes, str | None, bool] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -38,7 +38,7 @@ class Unsure:
     def put(self, name: str, data: bytes, *, if_tag: str | None = None, if_absent: bool = False) -> str:
         if not name.endswith("/HEAD"):
             return self._objects.put(name, data)
-        happens, self._happens = self._happens, ""
+        happens, self.happens = self.happens, ""
         if happens == "at once":
             self._objects.put(name, data, if_tag=if_tag, if_absent=if_absent)
         elif happens == "late":
@@ -79,9 +79,11 @@ async def tell(roster: Roster, resident: Resident, update_id: str) -> None:
 
 @pytest.mark.parametrize("happens", ["at once", "late"])
 async def test_a_put_whose_answer_was_lost_is_repeated_as_it_was(tmp_path: Path, happens: str) -> None:
-    store = MemoryStore(Unsure(open_objects(f"file://{tmp_path}/store"), happens))  # type: ignore[arg-type]
+    objects = Unsure(open_objects(f"file://{tmp_path}/store"))
+    store = MemoryStore(objects)  # type: ignore[arg-type]
     async with opened(store, tmp_path / "journal", epoch=1) as roster, roster.turn(ALICE) as resident:
         await tell(roster, resident, "one")
+        objects.happens = happens
         with pytest.raises(StoreUnavailable):
             await roster.store(resident)
         assert resident.dirty
@@ -107,13 +109,14 @@ async def test_the_owner_before_stores_nothing_once_the_user_has_come_in_elsewhe
         assert history(again.slab.written_SHD[resident.slot].chain) == ["one", "two"]  # type: ignore[attr-defined]
 
 
-async def test_a_put_of_the_owner_before_that_comes_late_is_passed(tmp_path: Path) -> None:
+async def test_the_owner_before_stores_no_first_version_either(tmp_path: Path) -> None:
     store = MemoryStore(open_objects(f"file://{tmp_path}/store"))
     async with opened(store, tmp_path / "before", epoch=1) as before, before.turn(ALICE) as old:
         await tell(before, old, "one")
         async with opened(store, tmp_path / "after", epoch=2) as after, after.turn(ALICE) as resident:
             await tell(after, resident, "two")
-            assert await before.store(old)
+            with pytest.raises(Fenced):
+                await before.store(old)
             assert await after.store(resident)
             assert not resident.dirty
-            assert [(info.version, info.epoch) for info in store.versions(ALICE)] == [(2, 2), (1, 1)]
+            assert [(info.version, info.epoch) for info in store.versions(ALICE)] == [(1, 2)]

@@ -12,9 +12,9 @@ from actors import shard as module
 from actors.errors import NotOwner, QueueFull, ShardNotOpen
 from actors.messages import ChatCall, DoneEvent, IngestCall, RenderedMessage, TokenEvent
 from actors.options import KeeperOptions, ShardOptions
-from actors.ownership import claim
+from actors.ownership import claim, retire
 from actors.shard import MemoryShard
-from storage.errors import Fenced, JournalError, JournalFailed
+from storage.errors import Fenced, JournalError, JournalFailed, StoreUnavailable
 from storage.journal import Journal
 from storage.names import BUCKETS, UserKey, bucket_of
 from storage.store import MemoryStore, open_store
@@ -32,7 +32,9 @@ class Place:
         self.store: MemoryStore = open_store(f"file://{folder}/store")
         self.left: list[int] = []
 
-    def shard(self, buckets: frozenset[int] = EVERY, queue_max: int = 8) -> MemoryShard:
+    def shard(
+        self, buckets: frozenset[int] = EVERY, queue_max: int = 8, durability: str = "local"
+    ) -> MemoryShard:
         owner = claim(self.store, "shard-0", cluster="test", incarnation="i", take_over=True)
         keeper = KeeperOptions(
             model="unused",
@@ -41,6 +43,7 @@ class Place:
             shard="shard-0",
             epoch=owner.epoch,
             queue_max=queue_max,
+            durability=durability,
         )
         options = ShardOptions(
             keeper=keeper, buckets=buckets, map_version=1, open_keeper="tests.actors.fake_keeper:open_keeper"
@@ -137,6 +140,43 @@ async def test_nothing_is_acknowledged_once_the_epoch_is_over(
         await shard.describe(ALICE, epoch)
     await asyncio.sleep(0.05)
     assert place.left == [epoch], "a fenced shard's process ends"
+
+
+@pytest.mark.parametrize("durability", ["local", "replicated", "sync"])
+async def test_while_the_store_is_away_only_what_the_durability_allows_is_acknowledged(
+    place: Place, durability: str
+) -> None:
+    shard = place.shard(durability=durability)
+    epoch = (await shard.open())["epoch"]
+    (place.folder / "store").rename(place.folder / "away")
+    acknowledges = durability != "sync"
+    for number in range(2):
+        if acknowledges:
+            await shard.ingest(ingest(f"d{number}"), epoch)
+        else:
+            with pytest.raises(StoreUnavailable):
+                await shard.ingest(ingest(f"d{number}"), epoch)
+    assert (await shard.ping())["unconfirmed"] == 2 * acknowledges
+    shard._keeper.holds = False
+    with pytest.raises(StoreUnavailable):
+        await shard.ingest(ingest("e"), epoch)
+    (place.folder / "away").rename(place.folder / "store")
+    assert (await shard.ingest(ingest("e"), epoch)).duplicate, "a retry is told of what was written"
+    await shard.close()
+
+
+async def test_a_shard_that_the_map_has_no_more_hears_of_it_when_it_comes_back(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FENCED_EXIT_S", 0.01)
+    shard = place.shard()
+    epoch = (await shard.open())["epoch"]
+    await shard.ingest(ingest(), epoch)
+    assert retire(place.store, [], cluster="new") == ["shard-0"]
+    with pytest.raises(Fenced):
+        await shard.ingest(ingest("after"), epoch)
+    await asyncio.sleep(0.05)
+    assert place.left == [epoch]
 
 
 async def test_a_shard_whose_journal_failed_ends(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
