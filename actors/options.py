@@ -54,6 +54,8 @@ class KeeperOptions:
     """With durability `replicated`: how long after an answer its tokens are in the store at the latest."""
     sync_timeout_s: float = 10.0
     """With durability `sync`: how long an answer waits for the store before it ends with `NotReplicated`."""
+    snapshots_url: str = ""
+    """Where the cold backups are, for the marks of erased users; empty: there are none."""
     seed: int = 0
     """Of sampling, where a request brings none."""
 

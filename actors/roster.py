@@ -24,16 +24,13 @@ from actors.guard import Action
 from actors.replicator import Replicator
 from actors.slab import Resident, Slab
 from actors.unbroken import unbroken
-from actors.vault import Found, Vault
+from actors.vault import Found, Vault, erase_rest
 from actors.watch import Finding, Watch
 from actors.writer import SlotWriter
 from storage.errors import (
-    BadMemoryFile,
     Fenced,
-    JournalCorrupt,
     JournalError,
     StoreError,
-    StoreUnfit,
     TitanmemError,
 )
 from storage.journal import Journal
@@ -87,19 +84,25 @@ class Roster:
 
         With `upkeep` it does not count as a use: the user has rested as long as before.
         """
+        async with self.alone(key):
+            held = self.slab.peek(key) if upkeep else self.slab.get(key)
+            resident = held or await self._activate(key)
+            resident.users += 1
+            try:
+                yield resident
+            finally:
+                resident.users -= 1
+                if not upkeep:
+                    resident.used_at_s = self._clock()
+
+    @asynccontextmanager
+    async def alone(self, key: UserKey) -> AsyncIterator[None]:
+        """The user's turn, for a caller who needs no resident: nobody is brought in for it."""
         lock = self._turns.setdefault(key, asyncio.Lock())
         self._waiting[key] = self._waiting.get(key, 0) + 1
         try:
             async with lock:
-                held = self.slab.peek(key) if upkeep else self.slab.get(key)
-                resident = held or await self._activate(key)
-                resident.users += 1
-                try:
-                    yield resident
-                finally:
-                    resident.users -= 1
-                    if not upkeep:
-                        resident.used_at_s = self._clock()
+                yield
         finally:
             self._waiting[key] -= 1
             if not self._waiting[key]:
@@ -122,6 +125,9 @@ class Roster:
             resident.users += 1
         try:
             found: Found = await self._in_store_pool(self.vault.newest, key)
+            if found.erasing:
+                await self._in_store_pool(erase_rest, self.journal, self.vault, key)
+                found = Found()
             if found.memory is not None:
                 self.vault.restore(found.memory, resident, self.slab)
                 await self.in_fold_pool(self.watch.mark, resident)
@@ -152,18 +158,6 @@ class Roster:
             raise
         resident.users -= 1
         return resident
-
-    async def activate_pending(self) -> None:
-        """Users whose newest tokens are in the journal only come in, so that they can be stored.
-
-        One whose memory or journal is damaged is logged: the others come in all the same.
-        """
-        for key in self.journal.users_pending():
-            try:
-                async with self.turn(key):
-                    pass
-            except (BadMemoryFile, StoreUnfit, JournalCorrupt) as error:
-                logger.error("%s can not come in: %s", key, error)
 
     def _report_gap(self, resident: Resident, reached: int) -> None:
         """Say it when chunks up to `reached` were acknowledged, and neither a version nor the journal has them."""

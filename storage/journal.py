@@ -42,6 +42,7 @@ AGEING_INTERVAL_S = 3_600.0
 
 assert JOURNAL_BYTES_MIN > 4 * (SEGMENT_TOKENS_MAX + CONTEXT_TOKENS_MAX), "a segment fits into any journal"
 
+_TABLES = ("segments", "updates", "seen")
 _COLUMNS = "owner, first_chunk, last_chunk, update_id, conversation, role, context, tokens, epoch, crc"
 _INSERT = f"INSERT INTO segments ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
@@ -202,15 +203,20 @@ class Journal:
 
         return self._writer.submit(change)
 
-    def forget(self, key: UserKey) -> int:
-        """Erases all that the journal has of a user, beyond recovery; the number of segments. Blocks."""
+    def users(self) -> list[UserKey]:
+        """Users of whom there is any trace: segments, outcomes or hashes; in order of their names."""
+        tables = " UNION ".join(f"SELECT owner FROM {table}" for table in _TABLES)
+        return [UserKey.parse(row[0]) for row in self._query(f"{tables} ORDER BY owner")]
 
-        def change(db: sqlite3.Connection) -> int:
-            where = (str(key),)
-            dropped = db.execute("DELETE FROM segments WHERE owner = ?", where).rowcount
-            db.execute("DELETE FROM updates WHERE owner = ?", where)
-            db.execute("DELETE FROM seen WHERE owner = ?", where)
-            return dropped
+    def forget(self, *keys: UserKey) -> dict[str, int]:
+        """Erases all that the journal has of users, beyond recovery; how many rows of each table. Blocks."""
+        owners = [(str(key),) for key in keys]
+
+        def change(db: sqlite3.Connection) -> dict[str, int]:
+            return {
+                table: db.executemany(f"DELETE FROM {table} WHERE owner = ?", owners).rowcount
+                for table in _TABLES
+            }
 
         return self._writer.submit(change, erase=True).result()
 

@@ -135,9 +135,9 @@ def crashing(calls_left: list[int]) -> Callable[[Path], Any]:
             self._tick()
             return super().set_outcome(*args, **kwargs)
 
-        def forget(self, key: UserKey) -> int:
+        def forget(self, *keys: UserKey) -> dict[str, int]:
             self._tick()
-            return super().forget(key)
+            return super().forget(*keys)
 
     return Crashing
 

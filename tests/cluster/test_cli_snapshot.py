@@ -97,7 +97,7 @@ def document(*args: str) -> dict[str, Any]:
 
 
 def damage(target: str, which: int) -> None:
-    part = Path(target.removeprefix("file://")) / IDS[which] / "part-shard-0.parquet"
+    part = Path(target.removeprefix("file://")) / IDS[which] / "part-shard-0-e00000001.parquet"
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 0xFF
     part.write_bytes(data)
