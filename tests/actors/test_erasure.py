@@ -119,7 +119,7 @@ async def test_nothing_is_left_but_the_tombstone(place: tuple[KeeperOptions, Pla
         other, neighbour = await lived(keeper, NAMESAKE, 11), await lived(keeper, TRILLIAN, 21)
         before = [await state(keeper, key) for key in (NAMESAKE, TRILLIAN)]
         hits = traces.found(everywhere())
-        assert len(hits) > 0.8 * len(traces.needles), "it was there, or not finding it says nothing"
+        assert len(hits) > 0.7 * len(traces.needles), "it was there, or not finding it says nothing"
         assert any("tokens" in label for label in hits)
         assert any("packed theta_val" in label for label in hits)
         assert any("packed replay" in label for label in hits)
