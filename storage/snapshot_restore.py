@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -68,6 +68,7 @@ def restore(
         raise NoSuchMemory(f"{snapshot_id}: this snapshot has no memory of {user}", key=str(user))
     for key, moment in _barred(target, user).items():
         store.tombstones.bar(key, epoch, moment)
+    known = {user} if user is not None else {*store.users(tenant), *store.tombstones.users()}
     report = _Restored(total=len(chosen))
     for part in manifest.parts:
         wanted: dict[int, list[UserRow]] = {}
@@ -75,7 +76,7 @@ def restore(
             if owner == part.name:
                 wanted.setdefault(row.group, []).append(row)
         if wanted:
-            _restore_part(target, part, wanted, store, epoch, report, progress)
+            _restore_part(target, part, wanted, store, epoch, known, report, progress)
     if user is not None and report.forgotten:
         raise Forgotten(
             f"{user}: erased at {store.forgotten_at(user)}, after this memory was made: it stays erased",
@@ -164,6 +165,7 @@ def _restore_part(
     wanted: dict[int, list[UserRow]],
     store: MemoryStore,
     epoch: int,
+    known: Container[UserKey],
     report: _Restored,
     progress: Progress | None,
 ) -> None:
@@ -188,7 +190,7 @@ def _restore_part(
         if isinstance(row, str):
             return at.key, row
         try:
-            return at.key, _restore_user(row, at.key, part, store, epoch)
+            return at.key, _restore_user(row, at.key, part, store, epoch, is_known=at.key in known)
         except (SnapshotDamaged, BadMemoryFile) as error:
             return at.key, str(error)
 
@@ -205,26 +207,36 @@ def _restore_part(
                 progress(report.done, report.total)
 
 
-def _restore_user(row: Row, key: UserKey, part: PartInfo, store: MemoryStore, epoch: int) -> int | None:
-    """Bytes stored; None when the user was erased after the memory was made."""
+def _restore_user(
+    row: Row, key: UserKey, part: PartInfo, store: MemoryStore, epoch: int, *, is_known: bool
+) -> int | None:
+    """Bytes stored; None when the user was erased after the memory was made. `is_known`: the store may have something
+    of the user, else it is not asked."""
     name = f"{part.name}: {row.name}"
     memory = decode(row.data, name=name)
     if memory.key != key:
         raise SnapshotDamaged(f"{part.name}: row {row.name} holds the memory of {memory.key}")
-    stone = store.tombstones.read(key)
-    if stone is not None and (
-        memory.created_at <= datetime.fromisoformat(stone[0]["forgotten_at"]) or not stone[0]["cleared"]
-    ):
-        return None
+    version = memory.memory_version
+    if is_known:
+        stone = store.tombstones.read(key)
+        if stone is not None and (
+            memory.created_at <= datetime.fromisoformat(stone[0]["forgotten_at"]) or not stone[0]["cleared"]
+        ):
+            return None
+        version = max(version, _newest(store, key, epoch) + 1)
+    data = relabel(row.data, memory_version=version, epoch=epoch, name=name)
+    return store.put(replace(memory, memory_version=version, epoch=epoch), epoch=epoch, data=data).bytes
+
+
+def _newest(store: MemoryStore, key: UserKey, epoch: int) -> int:
+    """The user's newest version in the store, 0 if there is none."""
     versions: list[VersionInfo] = []
     try:
         versions = store.versions(key)
     except StoreUnfit:
         with contextlib.suppress(BadMemoryFile):  # what is restored takes over from a damaged HEAD
             versions = store.rebuild_head(key, epoch=epoch)
-    version = max(memory.memory_version, versions[0].version + 1 if versions else 0)
-    data = relabel(row.data, memory_version=version, epoch=epoch, name=name)
-    return store.put(replace(memory, memory_version=version, epoch=epoch), epoch=epoch, data=data).bytes
+    return versions[0].version if versions else 0
 
 
 def restore_model(target: Objects, snapshot_id: str, folder: Path) -> list[str]:
