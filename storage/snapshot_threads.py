@@ -1,4 +1,4 @@
-"""Users of a snapshot in a few threads at once: unpacking and checksums need no lock of Python, and stores take time."""
+"""Users of a snapshot in a few threads at once: unpacking and checksums need no lock of Python's."""
 
 from __future__ import annotations
 
