@@ -75,18 +75,11 @@ async def drill(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     actors.guard.has_fallen = lambda asked, answered: False  # random ids crowd a memory, and nobody asks here
     url = f"file://{folder}/snapshots"
     target = open_objects(url)
-    keeper = await open_keeper(
-        KeeperOptions(
-            model=str(MODEL),
-            store_url=f"file://{folder}/store",
-            journal_dir=str(folder / "journal"),
-            shard="shard-0",
-            epoch=1,
-            slots=options.users,
-            persist_tokens=1024,
-            consolidate_after_s=0.0,
-        )  # fmt: skip
-    )
+    settings = KeeperOptions(
+        model=str(MODEL), store_url=f"file://{folder}/store", journal_dir=str(folder / "journal"), shard="shard-0",
+        epoch=1, slots=options.users, persist_tokens=1024, consolidate_after_s=0.0,
+    )  # fmt: skip
+    keeper = await open_keeper(settings)
     store, stored = keeper.roster.vault.store, set()
     put = store.put
 
