@@ -23,6 +23,7 @@ from storage.header import write_time
 from storage.objects import Objects, open_objects
 from storage.records import decode_record, encode_record
 from storage.snapshot import PartInfo, commit_manifest, list_snapshots, new_snapshot_id, prune
+from storage.snapshot_erase import erase_marked
 from storage.snapshot_manifest import BEGUN, check_snapshot_id
 
 PART_TIMEOUT_S = 3 * 3600.0
@@ -173,6 +174,7 @@ class Snapshotter:
                     await self._sleep(max(0.0, self._options.interval_s - age_s))
                 await self._scheduled(objects, resumes=resumes)
                 await asyncio.to_thread(prune, objects, now=self._now())
+                await asyncio.to_thread(erase_marked, objects, now=self._now())
             except Exception as error:
                 self._error = f"{type(error).__name__}: {error}"
                 log.error("the scheduled snapshot failed: %s", self._error)

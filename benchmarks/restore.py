@@ -7,7 +7,7 @@ that write 1 to 10 tokens each (128 columns a token, most of which others use to
 entries. They are stored, a snapshot of `--shards` parts is made by the product's code, the store is deleted, and one
 process, `titanmem snapshot restore`, brings everybody back; another one, `titanmem snapshot verify`, reads all of it.
 Then a hash of all bits of each memory (θ_M, momentum, reservoir, tail, hashes of what was seen, counts and version) is
-compared with the one from before, by the shard of `--onto` that owns the user. The S3 is ministack, on this machine too,
+compared with the one from before, by the shard of `--onto` that owns the user. The S3 is ministack, on this machine,
 and takes its share of the cores.
 """
 

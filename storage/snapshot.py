@@ -8,6 +8,7 @@ A job calls `write_part` for each shard, `commit_manifest`, and `prune`; an oper
 """
 
 from storage.retention import choose_kept, prune, sweep
+from storage.snapshot_erase import erase_marked
 from storage.snapshot_manifest import (
     Manifest,
     PartInfo,
@@ -27,6 +28,7 @@ __all__ = [
     "check_parts",
     "choose_kept",
     "commit_manifest",
+    "erase_marked",
     "find_at",
     "list_snapshots",
     "new_snapshot_id",

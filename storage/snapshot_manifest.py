@@ -126,24 +126,31 @@ def write_part(
             model_files = add_model(writer, model_dir) if model_dir is not None else 0
             for data in memories:
                 writer.add_user(data)
-        with open(path, "rb") as file:
-            digest = xxhash.xxh3_128()
-            while block := file.read(1 << 20):
-                digest.update(block)
-        target.put_file(name, path)
-        info = PartInfo(
-            name=name,
-            shard=shard,
-            epoch=epoch,
-            bytes=path.stat().st_size,
-            hash=digest.hexdigest(),
-            rows=writer.rows,
-            users=writer.users,
-            model_files=model_files,
-            bases=tuple(sorted(writer.bases)),
-        )
+        info = put_part(target, name, path, writer, shard=shard, epoch=epoch, model_files=model_files)
     target.put(_note(snapshot_id, shard), encode_record(info.to_dict()))
     return info
+
+
+def put_part(
+    target: Objects, name: str, path: Path, writer: PartWriter, *, shard: str, epoch: int, model_files: int
+) -> PartInfo:
+    """Uploads the file that `writer` has written to `path`."""
+    with open(path, "rb") as file:
+        digest = xxhash.xxh3_128()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    target.put_file(name, path)
+    return PartInfo(
+        name=name,
+        shard=shard,
+        epoch=epoch,
+        bytes=path.stat().st_size,
+        hash=digest.hexdigest(),
+        rows=writer.rows,
+        users=writer.users,
+        model_files=model_files,
+        bases=tuple(sorted(writer.bases)),
+    )
 
 
 def find_part(target: Objects, snapshot_id: str, shard: str) -> PartInfo | None:
@@ -192,11 +199,17 @@ def commit_manifest(
         parts=tuple(parts),
         extra=extra or {},
     )
-    record = {"format": "titanmem-snapshot", "version": MANIFEST_VERSION, **manifest.to_dict()}
-    target.put(f"{snapshot_id}/manifest.json", encode_record(record), if_absent=True)
+    put_manifest(target, manifest)
     for part in parts:
         target.delete(_note(snapshot_id, part.shard))
     return manifest
+
+
+def put_manifest(target: Objects, manifest: Manifest, *, if_tag: str | None = None) -> None:
+    """Writes a manifest: the first one, or in place of the one with `if_tag`. Raises `VersionConflict`."""
+    record = {"format": "titanmem-snapshot", "version": MANIFEST_VERSION, **manifest.to_dict()}
+    name = f"{manifest.id}/manifest.json"
+    target.put(name, encode_record(record), if_tag=if_tag, if_absent=if_tag is None)
 
 
 def read_manifest(target: Objects, snapshot_id: str) -> Manifest:

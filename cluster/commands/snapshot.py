@@ -185,18 +185,20 @@ def prune(
     target: TargetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Delete snapshots that the retention no longer keeps, and what interrupted ones left."""
+    """Delete snapshots that no retention keeps, what interrupted ones left, and forgotten users from the rest."""
     if daily + weekly + monthly == 0:
         raise typer.BadParameter("that would keep nothing: leave at least one of the three above 0")
     objects = _open(_target_url(target))
     from storage import snapshot
 
     with waiting("pruning"):
-        removed = snapshot.prune(objects, daily=daily, weekly=weekly, monthly=monthly, now=datetime.now(UTC))
+        now = datetime.now(UTC)
+        removed = snapshot.prune(objects, daily=daily, weekly=weekly, monthly=monthly, now=now)
+        erased = snapshot.erase_marked(objects, now=now)
     if json:
-        emit({"removed": removed})
-    elif removed:
-        say("\n".join(removed))
+        emit({"removed": removed, "erased": erased})
+    elif removed or erased:
+        say("\n".join([*removed, *(f"{id_} without {', '.join(users)}" for id_, users in erased.items())]))
     else:
         note("nothing to prune")
 

@@ -1,8 +1,8 @@
 """Erasures that are killed at every step, and asked again; for a process of its own, which forks.
 
 A step is one call that changes something on a disk: of SQLite (BEGIN, COMMIT, VACUUM, a checkpoint), or a rename, a
-removal or a flush of a file. The process is ended by SIGKILL before the n-th step of a `forget`, for every n until there
-are no more.
+removal or a flush of a file. The process is ended by SIGKILL before the n-th step of a `forget`, for every n until
+there are no more.
 """
 
 from __future__ import annotations

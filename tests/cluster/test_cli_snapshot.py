@@ -200,7 +200,7 @@ def test_a_damaged_part_is_said_and_fails(target: str, store: str) -> None:
 
 
 def test_pruning_says_what_went(target: str) -> None:
-    assert document("prune", "--daily", "1", "--weekly", "0", "--monthly", "0") == {"removed": [IDS[0]]}
+    assert document("prune", "--daily", "1", "--weekly", "0", "--monthly", "0")["removed"] == [IDS[0]]
     assert [row["id"] for row in document("list")["snapshots"]] == [IDS[1]]
     assert run("prune").stderr == "nothing to prune\n"
     back_up(target, 2, (ALICE,))
