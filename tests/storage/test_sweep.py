@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import boto3
@@ -13,6 +14,7 @@ import redis
 
 from storage.local import LocalObjects
 from storage.objects import Objects, open_objects
+from storage.retention import prune
 from tests.servers import RedisServer, S3Server
 
 
@@ -78,6 +80,12 @@ def test_unfinished_uploads_go(s3_server: S3Server, s3_url: str) -> None:
     assert objects.sweep("snapshot/", older_than_s=0.0) == ["snapshot/part (unfinished upload)"]
     left = client.list_multipart_uploads(Bucket="titanmem", Prefix=prefix)["Uploads"]
     assert [line["Key"] for line in left] == [f"{prefix}/other/part"]
+    prune(objects, now=datetime.now(UTC))
+    assert len(client.list_multipart_uploads(Bucket="titanmem", Prefix=prefix)["Uploads"]) == 1, (
+        "it may still run"
+    )
+    prune(objects, now=datetime.now(UTC), sweep_age_s=0.0)
+    assert "Uploads" not in client.list_multipart_uploads(Bucket="titanmem", Prefix=prefix)
 
 
 def test_older_versions_of_a_versioned_bucket_go(s3_server: S3Server) -> None:
