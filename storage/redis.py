@@ -180,20 +180,18 @@ class RedisObjects:
     def sweep(self, prefix: str = "", *, older_than_s: float, replaced: bool = False) -> list[str]:
         """As `Objects.sweep`. A write leaves nothing; what was replaced stands in the append-only file until that is
         written anew, which the server is asked for and does in the background."""
-        if not replaced:
-            return []
         deadline = time.monotonic() + REWRITE_WAIT_S
-        while True:
+        while replaced:
             try:
                 self._often("rewrite", "", lambda: self._client.bgrewriteaof())
-                return ["the server's append-only file (being written anew)"]
+                break
             except StoreUnavailable as error:
                 # One that runs began before this: another one has to follow it.
-                if "in progress" in str(error) and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                    continue
-                _log.warning("%s: its append-only file may hold what was removed: %s", self.url, error)
-                return []
+                if "in progress" not in str(error) or time.monotonic() > deadline:
+                    _log.warning("%s: its append-only file may hold what was removed: %s", self.url, error)
+                    break
+                time.sleep(0.05)
+        return []
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         check_prefix(prefix)
