@@ -49,7 +49,7 @@ class JournalLike(Protocol):
     def pending(self, key: UserKey, after_chunk_id: int = 0) -> list[Any]: ...
     def seen(self, key: UserKey) -> list[int]: ...
     def users(self) -> Sequence[UserKey]: ...
-    def release(self, keys: Sequence[UserKey]) -> int: ...
+    def forget(self, *keys: UserKey) -> Any: ...
     def close(self) -> None: ...
 
 
@@ -91,11 +91,12 @@ def hand_over(
         for file in files:
             shard = file.name.removesuffix(JOURNAL_SUFFIX)
             source = journal_of(shard)
+            # Those too of whom nothing waits: nobody asks this journal for them any more, nor would erase them in it.
             leaving = {key: owner for key in source.users() if (owner := owner_of(key)) != shard}
             for key, owner in leaving.items():
                 segments += _move(source, journal_of(owner), key)
             if leaving:
-                source.release(list(leaving))
+                source.forget(*leaving)
                 users += len(leaving)
     if users:
         log.info("handed %d segments of %d users to their new shards", segments, users)

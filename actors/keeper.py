@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from actors.backup import Backup
 from actors.consolidation import Consolidator
 from actors.engine import Engine
+from actors.erasure import erase
 from actors.errors import MemoryFrozen, NoMemoryWeights, QueueFull, no_memory
 from actors.figures import Figures
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
@@ -23,11 +25,9 @@ from actors.slab import Resident, Slab
 from actors.turn import Turn, joined
 from actors.unbroken import unbroken
 from actors.vault import Layout, Vault
-from storage.errors import BadMemoryFile, JournalCorrupt, NoSuchMemory, StoreError, StoreUnfit, TitanmemError
+from storage.errors import NoSuchMemory, StoreError, TitanmemError
 from storage.journal import Journal
 from storage.names import UserKey, bucket_of
-from storage.objects import open_objects
-from storage.snapshot_manifest import write_part
 from storage.store import VersionInfo, open_store
 from storage.titanmem import decode, encode
 from titanmem.decoder_config import DecoderConfig
@@ -51,6 +51,7 @@ class MemoryKeeper:
         self._turns: set[asyncio.Task[None]] = set()
         self._busy = 0
         self.consolidator = Consolidator(roster, figures, options.consolidate_after_s)
+        self.backup = Backup(roster, options, self.owns)
         self._idle = asyncio.gather(self._store_idle(), self.consolidator.run())
 
     # -- the data path ----------------------------------------------------------------------------------------
@@ -217,19 +218,11 @@ class MemoryKeeper:
             return {"memory_version": resident.memory_version, "tokens_seen": resident.tokens_seen}
 
     async def forget(self, key: UserKey) -> dict[str, Any]:
-        """Erase the user from slot, journal and store, and leave a tombstone; the receipt names what was removed."""
-        async with self.roster.turn(key) as resident:
-            version = resident.memory_version
-            self.roster.drop(resident)
-            self.roster.watch.frozen.discard(key)
-            await self.roster.replicator.forget(key)
-            segments = await asyncio.to_thread(self.roster.journal.forget, key)
-            store, epoch = self.roster.vault.store, self.roster.vault.epoch
-            removed = await asyncio.to_thread(lambda: store.delete(key, epoch=epoch))
-            return {
-                "tenant": key.tenant, "user": key.user, "memory_version": version, "slot": True,
-                "journal_entries": segments, "removed": removed, "tombstone": True,
-            }  # fmt: skip
+        """Erase the user from slot, journal and store, and leave a tombstone; the receipt names what was removed.
+
+        Raises Fenced, and StoreError when something could not be removed: the tombstone stands; ask again.
+        """
+        return await erase(self.roster, key, self.options.snapshots_url)
 
     # -- the whole shard --------------------------------------------------------------------------------------
 
@@ -264,32 +257,8 @@ class MemoryKeeper:
 
     async def snapshot_part(self, snapshot_id: str, target_url: str, include_model: bool) -> dict[str, Any]:
         """This shard's part of a cold backup: each user at its newest version, with θ_F once if asked."""
-        if self._remembers:
-            await self._activate_pending()
-        await self.flush()
-        vault = self.roster.vault
-
-        def write() -> dict[str, Any]:
-            part = write_part(
-                open_objects(target_url), snapshot_id, shard=self.options.shard, epoch=self.options.epoch,
-                model_dir=Path(self.options.model) if include_model else None,
-                memories=filter(None, map(vault.resting, filter(self.owns, vault.store.users()))),
-            )  # fmt: skip
-            return {**part.to_dict(), "base": vault.layout.base}
-
-        return await asyncio.to_thread(write)
-
-    async def _activate_pending(self) -> None:
-        """Users whose newest tokens are in the journal only come in, so that they can be stored.
-
-        One whose memory or journal is damaged is logged: the others come in all the same.
-        """
-        for key in sorted(await self._pending()):
-            try:
-                async with self.roster.turn(key):
-                    pass
-            except (BadMemoryFile, StoreUnfit, JournalCorrupt) as error:
-                logger.error("%s can not come in: %s", key, error)
+        pending = await self._pending() if self._remembers else ()
+        return await self.backup.part(snapshot_id, target_url, include_model=include_model, pending=pending)
 
     async def _pending(self) -> set[UserKey]:
         """Own users with segments, here or in the store."""

@@ -57,6 +57,8 @@ class KeeperOptions:
     """With durability `sync`: how long an answer waits for the store before it ends with `NotReplicated`."""
     unconfirmed_s: float = 60.0
     """With durability `replicated`: how long answers go out while nobody can read whose shard this is."""
+    snapshots_url: str = ""
+    """Where the cold backups are, for the marks of erased users; empty: there are none."""
     seed: int = 0
     """Of sampling, where a request brings none."""
 

@@ -24,7 +24,7 @@ from actors.replicator import Replicator
 from actors.seen import document_id, remember, update_hash, void_updates
 from actors.slab import Resident, Slab
 from actors.unbroken import unbroken
-from actors.vault import Found, Vault
+from actors.vault import Found, Vault, erase_rest
 from actors.watch import Finding, Watch
 from actors.writer import SlotWriter
 from storage.errors import Fenced, JournalError, StoreError, TitanmemError
@@ -72,21 +72,27 @@ class Roster:
         With `upkeep` it does not count as a use: the user has rested as long as before. One whose slot cannot be what
         was told comes in anew, from store and journal, unless it is `leaving` anyway.
         """
+        async with self.alone(key):
+            held = self.slab.peek(key) if upkeep else self.slab.get(key)
+            if held is not None and not leaving and await self._drop_damaged(held):
+                held = None
+            resident = held or await self._activate(key)
+            resident.users += 1
+            try:
+                yield resident
+            finally:
+                resident.users -= 1
+                if not upkeep:
+                    resident.used_at_s = self._clock()
+
+    @asynccontextmanager
+    async def alone(self, key: UserKey) -> AsyncIterator[None]:
+        """The user's turn, for a caller who needs no resident: nobody is brought in for it."""
         lock = self._turns.setdefault(key, asyncio.Lock())
         self._waiting[key] = self._waiting.get(key, 0) + 1
         try:
             async with lock:
-                held = self.slab.peek(key) if upkeep else self.slab.get(key)
-                if held is not None and not leaving and await self._drop_damaged(held):
-                    held = None
-                resident = held or await self._activate(key)
-                resident.users += 1
-                try:
-                    yield resident
-                finally:
-                    resident.users -= 1
-                    if not upkeep:
-                        resident.used_at_s = self._clock()
+                yield
         finally:
             self._waiting[key] -= 1
             if not self._waiting[key]:
@@ -109,6 +115,9 @@ class Roster:
             resident.users, resident.used_at_s = 1, self._clock()
         try:
             found: Found = await self._in_store_pool(self.vault.newest, key)
+            if found.erasing:
+                await self._in_store_pool(erase_rest, self.journal, self.vault, key)
+                found = Found()
             if found.memory is not None:
                 self.vault.restore(found.memory, resident, self.slab)
                 await self.in_fold_pool(self.watch.mark, resident)

@@ -1,7 +1,8 @@
 """`Snapshotter`, the Ray actor of the cold backup: every so often, and when it is asked.
 
 Each shard writes its own part, straight to the target; the first one adds θ_F. The manifest, which makes the
-parts a snapshot, comes last: a job that is cut off leaves nothing that a restore would take.
+parts a snapshot, comes last: a job that is cut off leaves nothing that a restore would take. `begun.json` says that it
+has begun, and with which shards: the schedule goes on with it, and parts that are there are not made again.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.errors import ShardNotOpen
 from storage.errors import SnapshotError, TitanmemError
-from storage.objects import open_objects
+from storage.header import write_time
+from storage.objects import Objects, open_objects
+from storage.records import decode_record, encode_record
 from storage.snapshot import PartInfo, commit_manifest, list_snapshots, new_snapshot_id, prune
+from storage.snapshot_erase import erase_marked
+from storage.snapshot_manifest import BEGUN, check_snapshot_id
 
 PART_TIMEOUT_S = 3 * 3600.0
 PART_TRIES_MAX = 5
@@ -27,8 +32,8 @@ PART_PAUSE_S = 5.0
 """A shard that is started again is asked again."""
 FAILED_PAUSE_S = 600.0
 """After a scheduled snapshot that failed; the operator sees the age grow in the metrics."""
-DAILY, WEEKLY, MONTHLY = 7, 4, 12
-"""What is kept of the scheduled snapshots."""
+RESUME_AGE_S = 6 * 3600.0
+"""An interrupted one that is older is begun anew: what its parts hold is too old for a backup of today."""
 
 log = logging.getLogger(__name__)
 
@@ -77,18 +82,55 @@ class Snapshotter:
         except ValueError as error:
             raise SnapshotError(f"target: {error}") from None
         async with self._one:
-            started = self._now()
-            snapshot_id = new_snapshot_id(started)
-            shards = enumerate(self._options.shards)
-            parts = await asyncio.gather(*(self._part(name, snapshot_id, url, n == 0) for n, name in shards))
-            base = next((part["base"] for part in parts if part.get("base")), "")
-            infos = [PartInfo.from_dict({k: v for k, v in part.items() if k != "base"}) for part in parts]
-            manifest = await asyncio.to_thread(
-                commit_manifest, objects, snapshot_id, infos, created_at=started, base=base
-            )
-            self._error = ""
-            log.info("snapshot %s: %d users, %d bytes", snapshot_id, manifest.users, manifest.bytes)
-            return {**manifest.to_dict(), "target": objects.url}
+            return await self._make(objects, url, new_snapshot_id(self._now()), self._now())
+
+    async def _make(self, objects: Objects, url: str, snapshot_id: str, started: datetime) -> dict[str, Any]:
+        """Parts that are not there yet, and the manifest."""
+        shards = list(self._options.shards)
+        begun = encode_record({"shards": shards, "started": write_time(started)})
+        await asyncio.to_thread(objects.put, f"{snapshot_id}/{BEGUN}", begun)
+        parts = await asyncio.gather(
+            *(self._part(name, snapshot_id, url, n == 0) for n, name in enumerate(shards))
+        )
+        base = next((part["base"] for part in parts if part.get("base")), "")
+        infos = [PartInfo.from_dict({k: v for k, v in part.items() if k != "base"}) for part in parts]
+        manifest = await asyncio.to_thread(
+            commit_manifest, objects, snapshot_id, infos, created_at=started, base=base,
+            extra={"finished_at": write_time(self._now())},
+        )  # fmt: skip
+        await asyncio.to_thread(objects.delete, f"{snapshot_id}/{BEGUN}")
+        self._error = ""
+        log.info("snapshot %s: %d users, %d bytes", snapshot_id, manifest.users, manifest.bytes)
+        return {**manifest.to_dict(), "target": objects.url}
+
+    def _unfinished(self, objects: Objects) -> tuple[str, datetime] | None:
+        """The newest snapshot that these very shards have begun, not finished, and may go on with."""
+        names = {info.name for info in objects.list()}
+        for name in sorted((name for name in names if name.endswith(f"/{BEGUN}")), reverse=True):
+            folder = name.removesuffix(f"/{BEGUN}")
+            found = objects.get(name)
+            if found is None or f"{folder}/manifest.json" in names:
+                continue
+            try:
+                record = decode_record(found[0], name)
+                started = datetime.fromisoformat(record["started"])
+                is_ours = record["shards"] == list(self._options.shards)
+            except (TitanmemError, KeyError, ValueError, TypeError) as error:
+                log.warning("not gone on with: %s", error)
+                continue
+            if is_ours and self._age_s(started) < RESUME_AGE_S:
+                return check_snapshot_id(folder), started
+        return None
+
+    async def _scheduled(self, objects: Objects, *, resumes: bool) -> None:
+        """Make a snapshot, or go on with one that was interrupted; with `resumes`, only that."""
+        async with self._one:
+            found = await asyncio.to_thread(self._unfinished, objects)
+            if found is not None:
+                log.info("snapshot %s is gone on with", found[0])
+            if found is not None or not resumes:
+                snapshot_id, started = found or (new_snapshot_id(self._now()), self._now())
+                await self._make(objects, self._options.target, snapshot_id, started)
 
     async def metrics(self) -> bytes:
         """Prometheus text: the age of the newest snapshot at the configured target."""
@@ -120,17 +162,19 @@ class Snapshotter:
         raise SnapshotError(f"{snapshot_id}: {name} gave no part in {PART_TRIES_MAX} tries: {why}")
 
     async def _schedule(self) -> None:
-        """Sleeps until a snapshot is due, counted from the newest there is: a restart does not put it off."""
+        """Sleeps until a snapshot is due, counted from the newest there is: a restart does not put it off. One that was
+        interrupted is due at once."""
         while True:
             try:
                 objects = open_objects(self._options.target)
-                manifests = await asyncio.to_thread(list_snapshots, objects)
-                age_s = self._age_s(manifests[0].created_at) if manifests else 0.0
-                await self._sleep(max(0.0, self._options.interval_s - age_s))
-                await self.create()
-                await asyncio.to_thread(
-                    prune, objects, daily=DAILY, weekly=WEEKLY, monthly=MONTHLY, now=self._now()
-                )
+                resumes = await asyncio.to_thread(self._unfinished, objects) is not None
+                if not resumes:
+                    manifests = await asyncio.to_thread(list_snapshots, objects)
+                    age_s = self._age_s(manifests[0].created_at) if manifests else 0.0
+                    await self._sleep(max(0.0, self._options.interval_s - age_s))
+                await self._scheduled(objects, resumes=resumes)
+                await asyncio.to_thread(prune, objects, now=self._now())
+                await asyncio.to_thread(erase_marked, objects, now=self._now())
             except Exception as error:
                 self._error = f"{type(error).__name__}: {error}"
                 log.error("the scheduled snapshot failed: %s", self._error)

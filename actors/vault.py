@@ -29,6 +29,7 @@ from storage.errors import (
     WrongBase,
 )
 from storage.head import VersionInfo
+from storage.journal import Journal
 from storage.memory import SEEN_MAX, Memory, Replay
 from storage.names import UserKey
 from storage.store import MemoryStore
@@ -69,6 +70,8 @@ class Found:
     """Number of the newest version, readable or not."""
     listed_chunk_id: int = 0
     """Last chunk that it or a damaged one held."""
+    erasing: bool = False
+    """The user is erased, and whoever did it did not come to the end: what is left is not the user's any more."""
 
 
 class Vault:
@@ -90,6 +93,8 @@ class Vault:
         Whoever owned the user before can store nothing from here on: a version of theirs that came in now would count
         chunks that our journal counts otherwise, and a replay would pass over ours. Raises Fenced when we are older.
         """
+        if self.store.tombstones.is_erasing(key):
+            return Found(erasing=True)
         try:
             self._listed(key)
             self.store.claim(key, epoch=self.epoch)
@@ -311,6 +316,15 @@ class Vault:
     def _report_head(self, key: UserKey, why: object) -> None:
         logger.error("%s: HEAD is made anew from the versions that are there: %s", key, why)
         self._on_damage("HEAD")
+
+
+def erase_rest(journal: Journal, vault: Vault, key: UserKey) -> tuple[dict[str, int], list[str]]:
+    """Removes what journal and store have of a user whose tombstone stands; rows by table, names. Blocking.
+
+    The journal first: once the tombstone is settled, what it holds is a new memory's.
+    """
+    rows = journal.forget(key)
+    return rows, vault.store.delete(key, epoch=vault.epoch)
 
 
 def _replay(reservoir: Reservoir) -> Replay | None:

@@ -228,6 +228,7 @@ class Coordinator:
             queue_max=config.queue_max,
             durability=config.durability,
             replicate_interval_s=config.replicate_interval_s,
+            snapshots_url=config.snapshots,
             seed=config.seed,
         )
         return ShardOptions(

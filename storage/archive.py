@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from storage.errors import ChecksumMismatch, NotATitanmem, TooLarge, Truncated
 
@@ -106,6 +106,25 @@ def pack(members: Iterable[Member]) -> bytes:
         offset += len(header) + len(packed)
     assert len(entries) <= MEMBERS_MAX, "the reader must accept what the writer writes"
     return b"".join([*parts, _directory(entries, offset)])
+
+
+def repack(data: bytes, entries: list[Entry], first: Member) -> bytes:
+    """The archive `data`, of directory `entries`, with another first member, stored; the others are not unpacked."""
+    parts: list[bytes] = []
+    moved: list[Entry] = []
+    offset = 0
+    for number, entry in enumerate(entries):
+        if number:
+            packed = data[entry.start : entry.start + entry.packed_bytes]
+            entry = replace(entry, offset=offset)
+        else:
+            packed, size = first.data, len(first.data)
+            entry = Entry(first.name, _STORED, zlib.crc32(packed), size, size, offset)
+        header = _local_header(entry)
+        moved.append(entry)
+        parts += [header, packed]
+        offset += len(header) + len(packed)
+    return b"".join([*parts, _directory(moved, offset)])
 
 
 def _end_record(data: bytes, file: str) -> tuple[int, int]:

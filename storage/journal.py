@@ -42,6 +42,7 @@ AGEING_INTERVAL_S = 3_600.0
 
 assert JOURNAL_BYTES_MIN > 4 * (SEGMENT_TOKENS_MAX + CONTEXT_TOKENS_MAX), "a segment fits into any journal"
 
+_TABLES = ("segments", "updates", "seen")
 _COLUMNS = "owner, first_chunk, last_chunk, update_id, conversation, role, context, tokens, epoch, crc"
 _INSERT = f"INSERT INTO segments ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
@@ -226,11 +227,6 @@ class Journal:
             UserKey.parse(row[0]) for row in self._query("SELECT DISTINCT owner FROM segments ORDER BY owner")
         ]
 
-    def users(self) -> list[UserKey]:
-        """Users of whom there is anything at all, in order of their names."""
-        sql = "SELECT owner FROM segments UNION SELECT owner FROM updates UNION SELECT owner FROM seen"
-        return [UserKey.parse(row[0]) for row in self._query(f"{sql} ORDER BY owner")]
-
     def bytes(self) -> int:
         """Bytes in use: segments, outcomes and hashes of all users, and what waits to be written."""
         return self._writer.bytes()
@@ -246,19 +242,20 @@ class Journal:
 
         return self._writer.submit(change)
 
-    def forget(self, key: UserKey) -> int:
-        """Erases all that the journal has of a user, beyond recovery; the number of segments. Blocks."""
-        return self.release([key])
+    def users(self) -> list[UserKey]:
+        """Users of whom there is any trace: segments, outcomes or hashes; in order of their names."""
+        tables = " UNION ".join(f"SELECT owner FROM {table}" for table in _TABLES)
+        return [UserKey.parse(row[0]) for row in self._query(f"{tables} ORDER BY owner")]
 
-    def release(self, keys: Sequence[UserKey]) -> int:
-        """The same for several users at once."""
+    def forget(self, *keys: UserKey) -> dict[str, int]:
+        """Erases all that the journal has of users, beyond recovery; how many rows of each table. Blocks."""
         owners = [(str(key),) for key in keys]
 
-        def change(db: sqlite3.Connection) -> int:
-            dropped = db.executemany("DELETE FROM segments WHERE owner = ?", owners).rowcount
-            db.executemany("DELETE FROM updates WHERE owner = ?", owners)
-            db.executemany("DELETE FROM seen WHERE owner = ?", owners)
-            return dropped
+        def change(db: sqlite3.Connection) -> dict[str, int]:
+            return {
+                table: db.executemany(f"DELETE FROM {table} WHERE owner = ?", owners).rowcount
+                for table in _TABLES
+            }
 
         return self._writer.submit(change, erase=True).result()
 

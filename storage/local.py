@@ -37,6 +37,19 @@ def _tag(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def _remove_if_left(path: Path, older_than_s: float) -> bool:
+    """Whether it was there, old enough, and no living writer's."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - os.fstat(file.fileno()).st_mtime < older_than_s:
+                return False
+            path.unlink()
+            return True
+    except (FileNotFoundError, BlockingIOError):
+        return False
+
+
 class LocalObjects:
     """`Objects` in the folder `root`, which is made at the first write.
 
@@ -83,6 +96,7 @@ class LocalObjects:
             temporary = self._temporary(self.root / _COPIES / target.name, _COPY)
             try:
                 with open(temporary, "xb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that its writer lives
                     shutil.copyfileobj(source, file, 1 << 20)
                     file.flush()
                     os.fsync(file.fileno())
@@ -115,6 +129,20 @@ class LocalObjects:
                     return
                 flush_folder(path.parent)
                 self._remove_empty(path.parent)
+
+    def sweep(self, prefix: str = "", *, older_than_s: float, replaced: bool = False) -> list[str]:
+        """As `Objects.sweep`: writes whose folder's lock nobody holds, and copies whose own lock nobody holds."""
+        check_prefix(prefix)
+        removed: list[str] = []
+        with self._reporting("sweep", prefix):
+            for folder, _, files in os.walk(self.root / prefix):
+                left = [name for name in files if name.startswith((_WRITE, _COPY))]
+                if not left:
+                    continue
+                with self._locked(Path(folder)):
+                    removed += [name for name in left if _remove_if_left(Path(folder, name), older_than_s)]
+                    self._remove_empty(Path(folder))
+        return removed
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         check_prefix(prefix)

@@ -78,21 +78,24 @@ def encode_rising(index: np.ndarray) -> np.ndarray:
 
 def decode_rising(coded: np.ndarray, count: int, elements: int, file: str) -> np.ndarray:
     """int64[count] of what `encode_rising` made; `CorruptIndex` unless they rise and stay < `elements`."""
-    ends = np.flatnonzero(coded < 0x80)
-    if len(ends) != count or (count and ends[-1] != len(coded) - 1) or (not count and len(coded)):
-        raise CorruptIndex(file, "there is one position for each value", count, len(ends))
-    if len(coded) == count:
-        gaps = coded.astype(np.int64)
-    else:
-        starts = np.concatenate(([0], ends[:-1] + 1))
-        lengths = ends - starts + 1
+    is_last = coded < 0x80
+    continued = np.flatnonzero(~is_last)
+    found = len(coded) - len(continued)
+    if found != count or (len(coded) and not is_last[-1]):
+        raise CorruptIndex(file, "there is one position for each value", count, found)
+    gaps = coded[is_last].astype(np.int64)
+    if len(continued):
+        # Nearly all gaps are one byte: only the others are put together. Each begins with a run of continued bytes.
+        first = np.flatnonzero(np.diff(continued, prepend=-2) > 1)
+        starts, lengths = continued[first], np.diff(first, append=len(continued)) + 1
         if int(lengths.max()) > IDX_BYTES_MAX:
             found = f"{lengths.max()} bytes"
             raise CorruptIndex(file, "positions are short numbers", f"{IDX_BYTES_MAX} bytes", found)
-        gaps = np.zeros(count, np.int64)
+        whole = np.zeros(len(starts), np.int64)
         for position in range(IDX_BYTES_MAX):
             live = lengths > position
-            gaps[live] |= (coded[starts[live] + position].astype(np.int64) & 0x7F) << (7 * position)
+            whole[live] |= (coded[starts[live] + position].astype(np.int64) & 0x7F) << (7 * position)
+        gaps[starts - first] = whole
     if count > 1 and int(gaps[1:].min()) < 1:
         at = int(np.flatnonzero(gaps[1:] < 1)[0]) + 1
         raise CorruptIndex(file, "positions rise strictly", "a step of 1 or more", f"0 at number {at}")

@@ -72,6 +72,14 @@ class Objects(Protocol):
         """Removes the object; fine if there is none."""
         ...
 
+    def sweep(self, prefix: str = "", *, older_than_s: float, replaced: bool = False) -> list[str]:
+        """Removes what interrupted writes have left under `prefix`, a folder, and no listing shows; names of it.
+
+        Left alone is what is younger than `older_than_s` and may still be being written. With `replaced`, also what the
+        store keeps of objects there that were replaced or deleted.
+        """
+        ...
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """All objects whose names begin with `prefix`, in the order of their names."""
         ...

@@ -81,11 +81,11 @@ class RecordStore:
         """Names of the records, and whatever else there is, under a prefix; in order."""
         return (info.name for info in self.objects.list(prefix))
 
-    def next_epoch(self) -> int:
-        """An epoch that nobody else has or will get, larger than all before."""
+    def next_epoch(self, above: int = 0) -> int:
+        """An epoch that nobody else has or will get, larger than all before and than `above`."""
         for _ in range(SWAP_ATTEMPTS_MAX):
             found = self.read_record("cluster/epoch")
-            epoch = int(found[0]["epoch"]) + 1 if found else 1
+            epoch = max(int(found[0]["epoch"]) if found else 0, above) + 1
             with contextlib.suppress(VersionConflict):
                 tag = found[1] if found else None
                 self.write_record("cluster/epoch", {"epoch": epoch}, if_tag=tag, if_absent=tag is None)

@@ -11,7 +11,9 @@ that takes over may lack the last writes: do not fail over by itself unless you 
 from __future__ import annotations
 
 import io
+import logging
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -45,6 +47,10 @@ READ_TIMEOUT_S = 20.0
 BYTES_MAX = 512 << 20
 """Longest string that Redis holds."""
 PAGE = 1000
+REWRITE_WAIT_S = 10.0
+"""How long to wait for a rewrite of the append-only file that runs already."""
+
+_log = logging.getLogger(__name__)
 
 # KEYS: bytes, tag and time, names. ARGV: rule, tag expected, bytes, new tag, name.
 # Answer: whether it was written, and the tag that stands.
@@ -170,6 +176,22 @@ class RedisObjects:
                 pipe.delete(data, meta).zrem(names, name).execute()
 
         self._often("delete", name, remove)
+
+    def sweep(self, prefix: str = "", *, older_than_s: float, replaced: bool = False) -> list[str]:
+        """As `Objects.sweep`. A write leaves nothing; what was replaced stands in the append-only file until that is
+        written anew, which the server is asked for and does in the background."""
+        deadline = time.monotonic() + REWRITE_WAIT_S
+        while replaced:
+            try:
+                self._often("rewrite", "", lambda: self._client.bgrewriteaof())
+                break
+            except StoreUnavailable as error:
+                # One that runs began before this: another one has to follow it.
+                if "in progress" not in str(error) or time.monotonic() > deadline:
+                    _log.warning("%s: its append-only file may hold what was removed: %s", self.url, error)
+                    break
+                time.sleep(0.05)
+        return []
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         check_prefix(prefix)

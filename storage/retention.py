@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
+from storage.errors import SnapshotDamaged, StoreUnavailable
 from storage.objects import Objects
-from storage.snapshot_manifest import list_snapshots
+from storage.snapshot_manifest import Manifest, list_snapshots, read_manifest
 
 SWEEP_AGE_S = 86_400.0
-_PART = re.compile(r"(\d{8}T\d{6}Z-[a-z0-9]{6})/part-[A-Za-z0-9_-]{1,64}\.parquet")
+DAILY, WEEKLY, MONTHLY = 7, 4, 12
+"""Snapshots that are kept: the newest of each of so many days, weeks and months."""
+_LEFT = re.compile(r"\d{8}T\d{6}Z-[a-z0-9]{6}/(part-[A-Za-z0-9_-]{1,100}\.(parquet|json)|begun\.json)")
 _log = logging.getLogger(__name__)
 
 _PERIODS: dict[str, Callable[[datetime], object]] = {
@@ -40,12 +43,33 @@ def choose_kept(
     return kept
 
 
+def kept_until(
+    manifests: Iterable[Manifest],
+    *,
+    now: datetime,
+    daily: int = DAILY,
+    weekly: int = WEEKLY,
+    monthly: int = MONTHLY,
+) -> dict[str, datetime]:
+    """When each snapshot goes, if there is one more every day from now on: the day of the pruning that drops it."""
+    there = [(manifest.id, manifest.created_at) for manifest in manifests]
+    waiting, until, moment = {name for name, _ in there}, {}, now
+    while waiting:
+        moment += timedelta(days=1)
+        there.append((f"{moment:%Y%m%d}", moment))
+        kept = choose_kept(there, daily=daily, weekly=weekly, monthly=monthly)
+        there = [line for line in there if line[0] in kept]
+        until |= {name: moment for name in waiting - kept}
+        waiting &= kept
+    return until
+
+
 def prune(
     target: Objects,
     *,
-    daily: int = 7,
-    weekly: int = 4,
-    monthly: int = 12,
+    daily: int = DAILY,
+    weekly: int = WEEKLY,
+    monthly: int = MONTHLY,
     now: datetime,
     sweep_age_s: float = SWEEP_AGE_S,
 ) -> list[str]:
@@ -74,17 +98,27 @@ def prune(
 
 
 def sweep(target: Objects, *, now: datetime, older_than_s: float = SWEEP_AGE_S) -> list[str]:
-    """Deletes parts that no manifest stands beside and that are older than any job; their names."""
+    """Deletes what is older than any job and belongs to no snapshot: parts and notes that no manifest lists, and what
+    no listing shows of interrupted uploads; names."""
     finished: set[str] = set()
-    parts: list[tuple[str, str]] = []
+    left: list[tuple[str, str]] = []
     for info in target.list():
         folder, _, file = info.name.partition("/")
-        match = _PART.fullmatch(info.name)
         if file == "manifest.json":
             finished.add(folder)
-        elif match and (now - info.modified).total_seconds() > older_than_s:
-            parts.append((match.group(1), info.name))
-    swept = [name for snapshot_id, name in parts if snapshot_id not in finished]
-    for name in swept:
+        elif _LEFT.fullmatch(info.name) and (now - info.modified).total_seconds() > older_than_s:
+            left.append((folder, info.name))
+    for folder in {folder for folder, _ in left} & finished:
+        try:
+            listed = {part.name for part in read_manifest(target, folder).parts}
+        except SnapshotDamaged:  # what it lists is not known: nothing goes
+            listed = {name for _, name in left}
+        left = [line for line in left if line[0] != folder or line[1] not in listed]
+    for _, name in left:
         target.delete(name)
-    return swept
+    swept = [name for _, name in left]
+    try:
+        return swept + target.sweep(older_than_s=older_than_s)
+    except StoreUnavailable as error:
+        _log.warning("unfinished uploads, if any, are left where they are: %s", error)
+        return swept

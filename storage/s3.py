@@ -7,11 +7,13 @@ with ourselves. Here, an answer that was lost is settled by reading the object a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import random
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -216,6 +218,47 @@ class S3Objects:
             self._often("delete", name, lambda: self._client.delete_object(Bucket=self.bucket, Key=key))
         except _Missing:
             return
+
+    def sweep(self, prefix: str = "", *, older_than_s: float, replaced: bool = False) -> list[str]:
+        """As `Objects.sweep`: unfinished multipart uploads, and with `replaced` versions that are not the newest."""
+        where = {"Bucket": self.bucket, "Prefix": self.prefix + check_prefix(prefix)}
+        removed: list[str] = []
+        for upload in self._pages("list_multipart_uploads", where, ("Uploads",)):
+            if (datetime.now(UTC) - upload["Initiated"]).total_seconds() < older_than_s:
+                continue
+            about = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+            with contextlib.suppress(_Missing):
+                self._often("sweep", prefix, lambda: self._client.abort_multipart_upload(**about))  # noqa: B023
+                removed.append(f"{upload['Key'].removeprefix(self.prefix)} (unfinished upload)")
+        for old in (
+            self._pages("list_object_versions", where, ("Versions", "DeleteMarkers")) if replaced else ()
+        ):
+            if old["IsLatest"] and "Size" in old:
+                continue  # the object itself
+            about = {"Bucket": self.bucket, "Key": old["Key"], "VersionId": old["VersionId"]}
+            with contextlib.suppress(_Missing):
+                self._often("sweep", prefix, lambda: self._client.delete_object(**about))  # noqa: B023
+                removed.append(f"{old['Key'].removeprefix(self.prefix)} (version {old['VersionId']})")
+        return removed
+
+    def _pages(self, call: str, where: dict[str, str], lines: tuple[str, ...]) -> list[dict[str, Any]]:
+        """What a listing with markers gives on all its pages; nothing where the store has no such listing."""
+        found: list[dict[str, Any]] = []
+        more: dict[str, str] = {}
+        while True:
+            asked = {**where, **more}
+            try:
+                page = self._often("list", where["Prefix"], lambda: getattr(self._client, call)(**asked))  # noqa: B023
+            except StoreUnfit:
+                return found
+            found += [line for kind in lines for line in page.get(kind, ())]
+            if not page.get("IsTruncated"):
+                return found
+            more = {
+                marker: page[f"Next{marker}"]
+                for marker in ("KeyMarker", "UploadIdMarker", "VersionIdMarker")
+                if page.get(f"Next{marker}")
+            }
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         where = {"Bucket": self.bucket, "Prefix": self.prefix + check_prefix(prefix)}

@@ -24,8 +24,7 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     says whether its process lives.
     """
     where = parent or Path(tempfile.gettempdir())
-    for old in where.glob(f"{_PREFIX}*"):
-        _remove_if_left(old)
+    sweep_scratch(where)
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=where) as name:
         handle = _open(Path(name))
         try:
@@ -33,6 +32,12 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
             yield Path(name)
         finally:
             os.close(handle)
+
+
+def sweep_scratch(parent: Path | None = None) -> None:
+    """Removes the folders that killed processes left in `parent` (None: where temporary files go)."""
+    for old in (parent or Path(tempfile.gettempdir())).glob(f"{_PREFIX}*"):
+        _remove_if_left(old)
 
 
 def _open(folder: Path) -> int:

@@ -1,6 +1,8 @@
 """What makes parts a snapshot: `<snapshot id>/manifest.json`, written last and only once.
 
-No manifest, no snapshot: what an interrupted job leaves behind is nothing that a restore would take.
+No manifest, no snapshot: what an interrupted job leaves behind is nothing that a restore would take. Beside each part
+that went up whole lies a note of what it is (`part-<shard>.json`) until then, so that a job that is resumed need not
+write it again. A part's name has its shard's epoch: one that was cut off and comes late replaces nobody's part.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from storage.snapshot_model import add_model
 from storage.snapshot_part import PartWriter
 
 MANIFEST_VERSION = 1
+BEGUN = "begun.json"
+"""In a snapshot's folder while a job makes it: since when, and of which shards."""
 _ID = re.compile(r"\d{8}T\d{6}Z-[a-z0-9]{6}")
 _SHARD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _log = logging.getLogger(__name__)
@@ -68,6 +72,11 @@ class Manifest:
         return sum(part.users for part in self.parts)
 
     @property
+    def finished_at(self) -> datetime:
+        """No memory in it is from later than this."""
+        return datetime.fromisoformat(self.extra.get("finished_at", write_time(self.created_at)))
+
+    @property
     def bytes(self) -> int:
         return sum(part.bytes for part in self.parts)
 
@@ -102,33 +111,64 @@ def write_part(
 ) -> PartInfo:
     """Makes the part of one shard in the folder `scratch`, and uploads it. `memories` are `.titanmem` files.
 
-    Raises `BadMemoryFile` for a memory that is none: it would not be there when it is needed.
+    A part that an interrupted job has made already is given back as it is. Raises `BadMemoryFile` for a memory that is
+    none: it would not be there when it is needed.
     """
     if not _SHARD.fullmatch(shard):
         raise ValueError(f"shard: {shorten(shard, 64)!r}: expected 1 to 64 letters, digits, _ or -")
-    name = f"{check_snapshot_id(snapshot_id)}/part-{shard}.parquet"
+    made = find_part(target, snapshot_id, shard)
+    if made is not None:
+        return made
+    name = f"{snapshot_id}/part-{shard}-e{epoch:08d}.parquet"
     with scratch_folder(scratch) as folder:
         path = folder / "part.parquet"
         with PartWriter(path) as writer:
             model_files = add_model(writer, model_dir) if model_dir is not None else 0
             for data in memories:
                 writer.add_user(data)
-        with open(path, "rb") as file:
-            digest = xxhash.xxh3_128()
-            while block := file.read(1 << 20):
-                digest.update(block)
-        target.put_file(name, path)
-        return PartInfo(
-            name=name,
-            shard=shard,
-            epoch=epoch,
-            bytes=path.stat().st_size,
-            hash=digest.hexdigest(),
-            rows=writer.rows,
-            users=writer.users,
-            model_files=model_files,
-            bases=tuple(sorted(writer.bases)),
-        )
+        info = put_part(target, name, path, writer, shard=shard, epoch=epoch, model_files=model_files)
+    target.put(_note(snapshot_id, shard), encode_record(info.to_dict()))
+    return info
+
+
+def put_part(
+    target: Objects, name: str, path: Path, writer: PartWriter, *, shard: str, epoch: int, model_files: int
+) -> PartInfo:
+    """Uploads the file that `writer` has written to `path`."""
+    with open(path, "rb") as file:
+        digest = xxhash.xxh3_128()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    target.put_file(name, path)
+    return PartInfo(
+        name=name,
+        shard=shard,
+        epoch=epoch,
+        bytes=path.stat().st_size,
+        hash=digest.hexdigest(),
+        rows=writer.rows,
+        users=writer.users,
+        model_files=model_files,
+        bases=tuple(sorted(writer.bases)),
+    )
+
+
+def find_part(target: Objects, snapshot_id: str, shard: str) -> PartInfo | None:
+    """The part of a shard that is in the target already, of a snapshot that has no manifest yet."""
+    found = target.get(_note(check_snapshot_id(snapshot_id), shard))
+    if found is None:
+        return None
+    try:
+        info = PartInfo.from_dict(decode_record(found[0], _note(snapshot_id, shard)))
+    except (StoreUnfit, TypeError, KeyError) as error:
+        _log.warning("written again: %s", error)
+        return None
+    stored = {line.name: line.bytes for line in target.list(info.name)}
+    return info if stored.get(info.name) == info.bytes else None
+
+
+def _note(snapshot_id: str, shard: str) -> str:
+    return f"{snapshot_id}/part-{shard}.json"
 
 
 def commit_manifest(
@@ -159,9 +199,17 @@ def commit_manifest(
         parts=tuple(parts),
         extra=extra or {},
     )
-    record = {"format": "titanmem-snapshot", "version": MANIFEST_VERSION, **manifest.to_dict()}
-    target.put(f"{snapshot_id}/manifest.json", encode_record(record), if_absent=True)
+    put_manifest(target, manifest)
+    for part in parts:
+        target.delete(_note(snapshot_id, part.shard))
     return manifest
+
+
+def put_manifest(target: Objects, manifest: Manifest, *, if_tag: str | None = None) -> None:
+    """Writes a manifest: the first one, or in place of the one with `if_tag`. Raises `VersionConflict`."""
+    record = {"format": "titanmem-snapshot", "version": MANIFEST_VERSION, **manifest.to_dict()}
+    name = f"{manifest.id}/manifest.json"
+    target.put(name, encode_record(record), if_tag=if_tag, if_absent=if_tag is None)
 
 
 def read_manifest(target: Objects, snapshot_id: str) -> Manifest:
@@ -201,8 +249,8 @@ def list_snapshots(target: Objects) -> list[Manifest]:
 
 
 def find_at(target: Objects, moment: datetime) -> Manifest:
-    """The newest snapshot made at or before `moment`. Raises `NoSuchSnapshot`."""
+    """The newest snapshot that was whole at or before `moment`: nothing in it is younger. Raises `NoSuchSnapshot`."""
     for manifest in list_snapshots(target):
-        if manifest.created_at <= moment:
+        if manifest.finished_at <= moment:
             return manifest
     raise NoSuchSnapshot(f"{target.url}: no snapshot from before {write_time(moment)}")

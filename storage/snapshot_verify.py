@@ -12,6 +12,7 @@ from storage.objects import Objects
 from storage.snapshot_manifest import PartInfo, read_manifest
 from storage.snapshot_model import assemble
 from storage.snapshot_part import Row, open_part
+from storage.snapshot_threads import in_threads
 from storage.titanmem import Memory, decode
 
 PROBLEMS_SHOWN_MAX = 100
@@ -44,8 +45,10 @@ def verify(
                     problems.append(f"{part.name}: expected {part.model_files} model files, found {found}")
                 files += found
                 found = 0
-                for row in (row for row in reader.rows() if row.kind == "user"):
-                    _check_user(row, part, problems, probe, recalls)
+                rows = (row for row in reader.rows() if row.kind == "user")
+                for problem, recall in in_threads(lambda row: _check_user(row, part, probe), rows):  # noqa: B023
+                    problems += [problem] if problem else []
+                    recalls += [] if recall is None else [recall]
                     found += 1
                     if progress:
                         progress(users + found, manifest.users)
@@ -87,16 +90,13 @@ def check_file(target: Objects, part: PartInfo) -> None:
         )
 
 
-def _check_user(
-    row: Row, part: PartInfo, problems: list[str], probe: Probe | None, recalls: list[float]
-) -> None:
+def _check_user(row: Row, part: PartInfo, probe: Probe | None) -> tuple[str, float | None]:
+    """What is wrong with a row, and the recall of the memory in it."""
     try:
         memory = decode(row.data, name=f"{part.name}: {row.name}")
     except BadMemoryFile as error:
-        problems.append(str(error))
-        return
+        return str(error), None
+    problem = ""
     if str(memory.key) != row.name:
-        problems.append(f"{part.name}: row {row.name} holds the memory of {memory.key}")
-    recall = probe(memory) if probe else None
-    if recall is not None:
-        recalls.append(recall)
+        problem = f"{part.name}: row {row.name} holds the memory of {memory.key}"
+    return problem, probe(memory) if probe else None

@@ -58,15 +58,17 @@ class MemoryStore(RecordStore):
         self.segments = SegmentStore(objects, self.tombstones, clock=clock)
         self._clock = clock
 
-    def put(self, memory: Memory, *, epoch: int) -> VersionInfo:
+    def put(self, memory: Memory, *, epoch: int, data: bytes | None = None) -> VersionInfo:
         """Stores `memory` as the newest version of its user, written under `epoch`; durable when it returns.
 
+        `data` is the memory's file under that epoch, for a caller who has it already.
         The same memory again is fine. Raises `Fenced` when a newer epoch has written, `VersionConflict` when
         the stored version is as new or newer, `Forgotten` when the user was erased (`clear_tombstone` first),
         and `BadMemoryFile` when the memory breaks a rule of its format.
         """
         key = memory.key
-        data = encode(memory if memory.epoch == epoch else replace(memory, epoch=epoch))
+        if data is None:
+            data = encode(memory if memory.epoch == epoch else replace(memory, epoch=epoch))
         new = VersionInfo(
             version=memory.memory_version,
             epoch=epoch,
@@ -252,8 +254,8 @@ class MemoryStore(RecordStore):
                 with contextlib.suppress(InvalidName):
                     yield UserKey(parts[1], parts[2])
 
-    def delete(self, key: UserKey, *, epoch: int | None = None) -> list[str]:
-        """Erases the user and leaves a tombstone; the names of what was removed. Repeat it after a crash.
+    def begin_erasure(self, key: UserKey, *, epoch: int | None = None) -> None:
+        """Writes the tombstone and removes nothing yet: whoever meets the user from here on ends what was begun.
 
         Raises `Fenced` when `epoch` is given and a newer one has written.
         """
@@ -264,11 +266,22 @@ class MemoryStore(RecordStore):
         if epoch is not None:
             head.check_epoch(key, epoch)
         self.tombstones.raise_one(key, max(epoch or 0, head.epoch), self._clock())
+
+    def delete(self, key: UserKey, *, epoch: int | None = None) -> list[str]:
+        """Erases the user and leaves a tombstone; the names of what was removed. Repeat it after a crash.
+
+        Removed is also what no listing shows: half-written files, uploads, and older versions of objects that the store
+        keeps. Raises `Fenced` when `epoch` is given and a newer one has written.
+        """
+        self.begin_erasure(key, epoch=epoch)
         removed: set[str] = set()
         for _ in range(DELETE_ROUNDS_MAX):
             folders = (user_folder(key), segments_folder(key))
             names = [info.name for folder in folders for info in self.objects.list(folder)]
             if not names:
+                for folder in folders:
+                    removed.update(self.objects.sweep(folder, older_than_s=0.0, replaced=True))
+                self.tombstones.settle(key)
                 return sorted(removed)
             for name in sorted(names, key=lambda name: not name.endswith("/HEAD")):
                 self.objects.delete(name)

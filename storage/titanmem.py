@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import replace
 
 import numpy as np
 
@@ -169,6 +170,19 @@ def _open(data: bytes, file: str, bytes_max: int) -> tuple[Header, list[Entry]]:
 def read_header(data: bytes, *, name: str = "", bytes_max: int = TITANMEM_BYTES_MAX) -> Header:
     """The checked header of a file; its members' own bytes are not looked at."""
     return _open(data, name, bytes_max)[0]
+
+
+def relabel(data: bytes, *, memory_version: int, epoch: int, name: str = "") -> bytes:
+    """A whole file's memory under another version and epoch: the bytes that `encode` gives, without its work.
+
+    Only bookkeeping and header are looked at. Raises `BadMemoryFile` as `decode` does for these.
+    """
+    header, entries = _open(data, name, TITANMEM_BYTES_MAX)
+    newer = write_header(replace(header, memory_version=memory_version, epoch=epoch))
+    parse_header(newer, name)
+    return archive.repack(
+        data, [Entry("header", 0, 0, 0, 0, 0), *entries], Member("header", newer, stored=True)
+    )
 
 
 def _check_members(header: Header, entries: list[Entry], file: str, bytes_max: int) -> None:

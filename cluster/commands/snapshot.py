@@ -117,37 +117,54 @@ def restore(
     model: Annotated[
         Path | None, typer.Option("--model", help="Write the snapshot's model into this new folder, too.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Also into a store that has users.")] = False,
+    into_empty: Annotated[
+        bool,
+        typer.Option("--into-empty", help="The store has no users; a cluster that serves on it is shut out."),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Also into a store that has users; a cluster that serves on it is shut out."
+        ),
+    ] = False,
     target: TargetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Bring memories back into a store: all, a tenant's or a user's. Stop the server on that store first."""
+    """Bring memories back into a store: all, a tenant's or a user's. Stop the server on that store first: where
+    one is known, a restore is refused or shuts it out."""
     if store is None:
         raise typer.BadParameter("--store URL says which store to fill")
     if (id_ is None) == (at is None):
         raise typer.BadParameter("give either the ID of a snapshot or --at TIME")
     moment = _time(at) if at else None
     objects, store_url = _open(_target_url(target)), _store_url(store)
+    from cluster.shutout import check_shut_out, shut_out
     from storage import snapshot
     from storage.store import open_store
 
     chosen = snapshot.find_at(objects, moment).id if moment else str(id_)
     memories = open_store(store_url)
-    snapshot.read_manifest(objects, chosen)  # an id that is none must not cost the store an epoch
+    # What can not be restored must cost nobody anything: no epoch, no cluster its shards.
+    manifest = snapshot.read_manifest(objects, chosen)
+    snapshot.check_parts(objects, manifest)
     if not force:
         _refuse_users(memories, store_url, tenant, user)
+    if not (force or into_empty):
+        _refuse_cluster(memories, store_url)
+    epoch = shut_out(memories, above=max(part.epoch for part in manifest.parts))
     try:
         with _counting(f"restoring {chosen}") as progress:
             report = snapshot.restore(
                 objects,
                 chosen,
                 memories,
-                epoch=memories.next_epoch(),
+                epoch=epoch,
                 user=UserKey(tenant or LOCAL_TENANT, user) if user else None,
                 tenant=tenant,
                 force=force,
                 progress=progress,
             )
+        check_shut_out(memories, epoch)
         if model is not None:
             report["model"] = snapshot.restore_model(objects, chosen, model)
     except KeyboardInterrupt:
@@ -168,18 +185,20 @@ def prune(
     target: TargetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Delete snapshots that the retention no longer keeps, and what interrupted ones left."""
+    """Delete snapshots that no retention keeps, what interrupted ones left, and forgotten users from the rest."""
     if daily + weekly + monthly == 0:
         raise typer.BadParameter("that would keep nothing: leave at least one of the three above 0")
     objects = _open(_target_url(target))
     from storage import snapshot
 
     with waiting("pruning"):
-        removed = snapshot.prune(objects, daily=daily, weekly=weekly, monthly=monthly, now=datetime.now(UTC))
+        now = datetime.now(UTC)
+        removed = snapshot.prune(objects, daily=daily, weekly=weekly, monthly=monthly, now=now)
+        erased = snapshot.erase_marked(objects, now=now)
     if json:
-        emit({"removed": removed})
-    elif removed:
-        say("\n".join(removed))
+        emit({"removed": removed, "erased": erased})
+    elif removed or erased:
+        say("\n".join([*removed, *(f"{id_} without {', '.join(users)}" for id_, users in erased.items())]))
     else:
         note("nothing to prune")
 
@@ -195,6 +214,17 @@ def _refuse_users(memories: MemoryStore, url: str, tenant: str | None, user: str
         raise StoreNotEmpty(
             f"{url} has a memory of {found.tenant}/{found.user} already, and nothing was restored; "
             "with --force, what comes back becomes the newest version beside those that are there"
+        )
+
+
+def _refuse_cluster(memories: MemoryStore, url: str) -> None:
+    """A cluster that serves on the store would go on from what it has in memory."""
+    from cluster.shutout import owners
+
+    for owner in owners(memories):
+        raise StoreNotEmpty(
+            f"{url}: {owner.shard} of cluster {owner.cluster} has this store, and nothing was restored; stop that "
+            "cluster, then say --into-empty, or --force for a store with users: until it starts again it is shut out"
         )
 
 

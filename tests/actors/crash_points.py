@@ -47,13 +47,16 @@ POINTS: tuple[str, ...] = (
     *(f"store.{step}" for step in ("before_trim", "trimmed", "before_drop", "dropped")),
     *(f"handover.{step}" for step in ("begun", "before_commit", "committed", "before_outcome", "before_forget")),
     *(f"handover.{step}" for step in ("before_vacuum", "vacuumed", "forgotten", "done")),
-    *(f"snapshot.{step}" for step in ("user_added", "before_write", "mid_write", "before_rename", "renamed")),
-    *(f"snapshot.{step}" for step in ("before_manifest", "made")),
-    *(f"manifest.{step}" for step in ("before_write", "mid_write", "before_fsync", "before_rename", "renamed")),
-    "prune.manifest_gone",
+    *(f"snapshot.{step}" for step in ("user_added", *_PUT, "before_manifest", "made")),
+    *(f"note.{step}" for step in ("before_write", "mid_write", "renamed")),
+    *(f"manifest.{step}" for step in _PUT),
+    *(f"prune.{step}" for step in ("manifest_gone", "part_gone")),
 )  # fmt: skip
 
-_ENDINGS = {".titanmem": "version", "/HEAD": "head", "/manifest.json": "manifest", ".parquet": "snapshot"}
+_ENDINGS = {
+    ".titanmem": "version", "/HEAD": "head", "/manifest.json": "manifest", ".parquet": "snapshot", ".json": "note",
+}  # fmt: skip
+"""What is being written. Notes are those of a snapshot that is being made: `begun.json`, and one beside each part."""
 
 _phase: ContextVar[str] = ContextVar("phase", default="ingest")
 
@@ -274,6 +277,9 @@ class Killer:
             LocalObjects, "delete", after="prune.manifest_gone",
             when=lambda _, name: name.endswith("/manifest.json"),
         )  # fmt: skip
+        self._wrap(
+            LocalObjects, "delete", after="prune.part_gone", when=lambda _, name: name.endswith(".parquet")
+        )
         if self.point == "snapshot.mid_write":
             # A part is copied in blocks of a MiB, more than a part of these tests has: cut to what has a middle.
             copy = shutil.copyfileobj

@@ -34,7 +34,7 @@ MISSES_MAX = 12
 """A life may end before it comes to its point; so often, and the point is not one."""
 FIRST = ("open.before_schema", "open.schema")
 """Only the first lives make journals."""
-RARE = ("open", "snapshot", "manifest", "prune")
+RARE = ("open", "snapshot", "note", "manifest", "prune")
 """Kinds of points that a life comes to once or twice."""
 AGAIN_FROM = 500
 """Pieces are submitted again while a memory remembers their ids for sure (`SEEN_MAX`)."""
@@ -124,7 +124,7 @@ class Run:
         last = max(-(-self.updates // USERS), *self._acknowledged)
         until = [last if not point else done + -(-share // USERS) for done in self._acknowledged]
         kind = point.partition(".")[0]
-        snapshots = kind in ("snapshot", "manifest", "prune", "")
+        snapshots = kind in ("snapshot", "note", "manifest", "prune", "")
         at_once = kind in ("open", "handover", "replay") or self.missed[point] > 0
         someone = [user for user, done in enumerate(self._acknowledged) if done]
         chosen = [rng.choice(someone) for _ in range(rng.randint(0, 3)) if someone]

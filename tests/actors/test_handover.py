@@ -165,9 +165,9 @@ def crashing(calls_left: list[int]) -> Callable[[Path], Any]:
             self._tick()
             return super().adopt(*args, **kwargs)
 
-        def release(self, *args: Any, **kwargs: Any) -> int:
+        def forget(self, *keys: UserKey) -> dict[str, int]:
             self._tick()
-            return super().release(*args, **kwargs)
+            return super().forget(*keys)
 
     return Crashing
 

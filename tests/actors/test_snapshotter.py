@@ -12,10 +12,10 @@ import pytest
 from actors.errors import ShardNotOpen
 from actors.options import KeeperOptions
 from actors.snapshotter import PART_TRIES_MAX, SnapshotOptions, Snapshotter
-from storage.errors import SnapshotError
+from storage.errors import NoSuchSnapshot, SnapshotError
 from storage.names import UserKey
 from storage.objects import open_objects
-from storage.snapshot import list_snapshots
+from storage.snapshot import find_at, list_snapshots
 from tests.actors.fake_keeper import FakeKeeper
 
 
@@ -157,3 +157,78 @@ async def test_the_age_of_the_newest_one(place: Place) -> None:
     await snapshotter.create()
     clock.now += timedelta(seconds=90)
     assert b"\ntitan:snapshot_age_seconds 90\n" in await snapshotter.metrics()
+
+
+async def interrupted(place: Place, clock: Clock) -> str:
+    """A snapshot of which only shard-0's part was made; its id."""
+    place.handles["shard-1"].failures = [SnapshotError("the disk is full")]
+    with pytest.raises(SnapshotError, match="full"):
+        await place.snapshotter(clock).create()
+    await asyncio.sleep(0.2)
+    objects = open_objects(place.target)
+    (begun,) = (info.name for info in objects.list() if info.name.endswith("/begun.json"))
+    assert list_snapshots(objects) == []
+    return begun.partition("/")[0]
+
+
+async def scheduled_once(place: Place, clock: Clock) -> list[Any]:
+    """What the schedule has made when it sleeps for the next one."""
+    clock.sleeps_max = len(clock.slept)
+    snapshotter = place.snapshotter(clock, interval_s=86_400)
+    objects = open_objects(place.target)
+    await until(lambda: list_snapshots(objects) and not any("begun" in info.name for info in objects.list()))
+    assert snapshotter._task is not None
+    snapshotter._task.cancel()
+    return list_snapshots(objects)
+
+
+async def test_an_interrupted_snapshot_is_gone_on_with_at_once(place: Place) -> None:
+    clock = Clock()
+    begun = await interrupted(place, clock)
+    made = place.handles["shard-0"].keeper.updates
+    made[UserKey("local", "who-came-later")] = {"u": [1]}
+    clock.now += timedelta(minutes=5)
+    (found,) = await scheduled_once(place, clock)
+    assert found.id == begun
+    assert found.users == 2, "the part of shard-0 was there, and was not made again"
+    assert found.finished_at - found.created_at == timedelta(minutes=5)
+    names = [info.name for info in open_objects(place.target).list()]
+    assert sorted(name.rpartition(".")[2] for name in names) == ["json", "parquet", "parquet"], names
+
+
+@pytest.mark.parametrize("why", ["too old", "other shards"])
+async def test_what_can_not_be_gone_on_with_is_begun_anew(place: Place, tmp_path: Path, why: str) -> None:
+    clock = Clock(sleeps_max=1)
+    begun = await interrupted(place, clock)
+    if why == "too old":
+        clock.now += timedelta(hours=7)
+    else:
+        place.handles["shard-2"] = Handle(tmp_path, "shard-2")
+    snapshotter = place.snapshotter(clock, interval_s=86_400)
+    await until(lambda: list_snapshots(open_objects(place.target)))
+    assert snapshotter._task is not None
+    snapshotter._task.cancel()
+    (found,) = list_snapshots(open_objects(place.target))
+    assert found.id != begun
+    assert len(found.parts) == len(place.handles)
+
+
+async def test_a_snapshot_that_somebody_asks_for_is_of_now(place: Place) -> None:
+    clock = Clock()
+    begun = await interrupted(place, clock)
+    place.handles["shard-0"].keeper.updates[UserKey("local", "who-came-later")] = {"u": [1]}
+    made = await place.snapshotter(clock).create()
+    assert made["id"] != begun
+    assert made["users"] == 3
+
+
+async def test_a_point_in_time_is_not_before_what_the_snapshot_holds(place: Place) -> None:
+    clock = Clock()
+    begun = await interrupted(place, clock)
+    started = clock.now
+    clock.now += timedelta(hours=1)
+    await scheduled_once(place, clock)
+    objects = open_objects(place.target)
+    assert find_at(objects, started + timedelta(hours=1)).id == begun
+    with pytest.raises(NoSuchSnapshot):
+        find_at(objects, started + timedelta(minutes=59))

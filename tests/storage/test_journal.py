@@ -231,7 +231,7 @@ def test_forgetting_while_others_write(journal: Journal) -> None:
         written = [pool.submit(write, number) for number in range(3)]
         for _ in range(3):
             journal.append(make_segment(1)).result()
-            assert journal.forget(ALICE) == 1
+            assert journal.forget(ALICE)["segments"] == 1
         stop.set()
     assert [len(journal.pending(UserKey("local", f"writer-{n}"))) for n in range(3)] == [
         w.result() for w in written

@@ -132,12 +132,21 @@ def age(folder: LocalObjects, by: timedelta) -> None:
 def test_what_an_interrupted_job_left_is_swept_in_time(folder: LocalObjects) -> None:
     (finished,) = fill(folder, 1)
     started = new_snapshot_id(NOON)
-    folder.put(f"{started}/part-0.parquet", b"half")
+    for left in ("part-0-e00000001.parquet", "part-0.json", "begun.json"):
+        folder.put(f"{started}/{left}", b"half")
+    folder.put(f"{finished}/part-0-e00000099.parquet", b"of a shard that came late")
     folder.put("notes.txt", b"not ours")
     now = datetime.now(UTC)
     assert sweep(folder, now=now) == [], "it may still be running"
     age(folder, 2 * DAY)
-    assert sweep(folder, now=now) == [f"{started}/part-0.parquet"]
+    assert sorted(sweep(folder, now=now)) == sorted(
+        [
+            f"{finished}/part-0-e00000099.parquet",
+            f"{started}/begun.json",
+            f"{started}/part-0-e00000001.parquet",
+            f"{started}/part-0.json",
+        ]
+    )
     assert [manifest.id for manifest in list_snapshots(folder)] == [finished]
     assert folder.get("notes.txt") is not None
 

@@ -128,7 +128,7 @@ def test_a_snapshot_from_end_to_end(target: Objects, empty: MemoryStore, model: 
     memories = [memory_of(key) for key in USERS]
     parts = take(target, memories, model=model, shards=2)
     assert [(part.users, part.model_files) for part in parts] == [(4, 4), (4, 0)]
-    assert parts[0].name == f"{ID}/part-0.parquet"
+    assert parts[0].name == f"{ID}/part-0-e00000001.parquet"
     assert [manifest.id for manifest in list_snapshots(target)] == [ID]
 
     seen: list[tuple[int, int]] = []
