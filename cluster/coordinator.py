@@ -226,6 +226,7 @@ class Coordinator:
             queue_max=config.queue_max,
             durability=config.durability,
             replicate_interval_s=config.replicate_interval_s,
+            sync_timeout_s=config.sync_timeout_s,
             seed=config.seed,
         )
         return ShardOptions(
