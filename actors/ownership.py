@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -133,16 +134,24 @@ class Gate:
         self.unconfirmed = 0
         self.reads = 0
 
+    async def look(self) -> None:
+        """For an answer that has written nothing, and promises nothing: raises `Fenced`, and else goes on."""
+        with suppress(StoreUnavailable):
+            await self._shared_read()
+
     async def confirm(self) -> None:
         """Returns when the caller may acknowledge; raises `Fenced`, and `StoreUnavailable` when it is strict."""
-        if self._next is None:
-            self._next = asyncio.create_task(self._after(self._running))
         try:
-            await asyncio.shield(self._next)
+            await self._shared_read()
         except StoreUnavailable:
             if self._strict:
                 raise
             self.unconfirmed += 1
+
+    async def _shared_read(self) -> None:
+        if self._next is None:
+            self._next = asyncio.create_task(self._after(self._running))
+        await asyncio.shield(self._next)
 
     async def _after(self, running: asyncio.Task[None] | None) -> None:
         if running is not None:

@@ -33,6 +33,7 @@ from storage.errors import (
     JournalCorrupt,
     JournalError,
     StoreError,
+    StoreUnavailable,
     StoreUnfit,
     TitanmemError,
 )
@@ -115,13 +116,14 @@ class Roster:
 
     async def _activate(self, key: UserKey) -> Resident:
         """Newest valid version into a slot, then what the journal or the store's copy of it holds beyond it."""
+        # Before room is made: while the store is away nobody can come in, and nobody is to go for it.
+        found: Found = await self._in_store_pool(self.vault.newest, key)
         async with self._placing:
             if not self.slab.has_room():
                 await self._evict_one()
             resident = self.slab.place(key)
             resident.users += 1
         try:
-            found: Found = await self._in_store_pool(self.vault.newest, key)
             if found.memory is not None:
                 self.vault.restore(found.memory, resident, self.slab)
                 await self.in_fold_pool(self.watch.mark, resident)
@@ -186,7 +188,8 @@ class Roster:
             except StoreError as error:
                 if isinstance(error, Fenced):
                     raise
-                logger.warning("%s is evicted unstored, the journal has it: %s", victim.key, error)
+                if not isinstance(error, StoreUnavailable):
+                    logger.warning("%s is evicted unstored, the journal has it: %s", victim.key, error)
             self.drop(resident)
 
     def drop(self, resident: Resident) -> None:
@@ -277,6 +280,8 @@ class Roster:
             async with self.turn(resident.key) as current:
                 if current is resident:
                     await self.store(resident)
+        except StoreUnavailable:  # its health has said so, once
+            pass
         except TitanmemError as error:
             logger.warning("%s stays in the journal for now: %s", resident.key, error)
         await asyncio.sleep(STORE_INTERVAL_S)

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -24,7 +25,9 @@ from actors.handover import LOCK_WAIT_S, wait_until_free
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from actors.options import ShardOptions
 from actors.ownership import Gate, confirm
-from storage.errors import Fenced, JournalFailed
+from storage.errors import Fenced, JournalFailed, StoreError
+from storage.health import Health
+from storage.identity import recognise
 from storage.names import UserKey, bucket_of
 from storage.store import open_store
 from titanmem import tracing
@@ -36,6 +39,10 @@ EARLY_CANCELS_MAX = 1024
 """Cancels remembered that came before their request."""
 CALLS_MAX = 16_384
 """Calls in flight in one shard; far over the keeper's own `queue_max`, which is what answers 429."""
+
+LOOK_INTERVAL_S = 5.0
+"""So often the ownership record is read while nobody asks: an outage of the store, or a successor, is noticed all the
+same."""
 
 T = TypeVar("T")
 method: Any = ray.method
@@ -74,6 +81,8 @@ class MemoryShard:
         self._chats: dict[str, asyncio.Task[Any]] = {}
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
         self._fence: BaseException | None = None
+        self._health: Health | None = None
+        self._lookout: asyncio.Task[None] | None = None
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -84,13 +93,16 @@ class MemoryShard:
         if options.set_up:
             resolve(options.set_up)(endpoint=options.otlp_endpoint, instance=self._shard)
         store = await asyncio.to_thread(open_store, options.keeper.store_url)
+        self._health = store.health
         read = partial(confirm, store, self._shard, self._epoch)
         await asyncio.to_thread(read)
+        await asyncio.to_thread(recognise, store, Path(options.keeper.journal_dir))
         await asyncio.to_thread(wait_until_free, options.keeper.journal, LOCK_WAIT_S)
         self._gate = Gate(read, strict=options.keeper.durability == "sync")
         self._keeper = await resolve(options.open_keeper)(replace(options.keeper, buckets=options.buckets))
         self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._state = "ready"
+        self._lookout = asyncio.create_task(self._look_now_and_then(read))
         log.info("%s serves %d buckets, epoch %d", self._shard, len(options.buckets), self._epoch)
         return self._about()
 
@@ -98,6 +110,8 @@ class MemoryShard:
         """Takes no more calls, and lets the keeper store every memory that is not stored yet."""
         if self._keeper is not None and self._state in ("ready", "draining"):
             self._state = "stopped"
+            if self._lookout is not None:
+                self._lookout.cancel()
             await self._keeper.close()
 
     @method(concurrency_group="health")
@@ -127,6 +141,7 @@ class MemoryShard:
             "pid": os.getpid(),
             "chats": len(self._chats),
             "unconfirmed": self._gate.unconfirmed if self._gate else 0,
+            "store": self._health.summary() if self._health else "",
         }
 
     # -- the data path -----------------------------------------------------------------------------
@@ -147,7 +162,7 @@ class MemoryShard:
         try:
             async for event in events:
                 if isinstance(event, DoneEvent):
-                    await self._confirm()
+                    await (self._confirm() if event.memory == "read_write" else self._look())
                 yield event
         except BaseException as error:
             tracing.failed(span, error)
@@ -260,6 +275,10 @@ class MemoryShard:
         assert self._gate is not None, "an open shard has a gate"
         await self._gate.confirm()
 
+    async def _look(self) -> None:
+        assert self._gate is not None, "an open shard has a gate"
+        await self._gate.look()
+
     def _noticed(self, error: BaseException) -> None:
         """A fenced shard serves nobody from here on, and ends as soon as its answer is out.
 
@@ -270,6 +289,17 @@ class MemoryShard:
             self._state = "fenced" if isinstance(error, Fenced) else "stopped"
             log.warning("%s is %s and ends: %s", self._shard, self._state, error)
             asyncio.get_running_loop().call_later(FENCED_EXIT_S, self._leave)
+
+    async def _look_now_and_then(self, read: Callable[[], None]) -> None:
+        while True:
+            await asyncio.sleep(LOOK_INTERVAL_S)
+            try:
+                await asyncio.to_thread(read)
+            except Fenced as error:
+                self._noticed(error)
+                return
+            except StoreError:  # the store's health has it
+                continue
 
     async def _here(self, work: Coroutine[Any, Any, T]) -> T:
         """`work` on the keeper's loop, whichever loop the caller runs on."""

@@ -159,6 +159,8 @@ async def test_a_strict_gate_lets_nobody_through_who_may_be_fenced() -> None:
     with pytest.raises(StoreUnavailable, match="away"):
         await gate.confirm()
     assert gate.unconfirmed == 0
+    await gate.look()
+    assert gate.reads == 2, "what promises nothing goes on, and has asked"
 
 
 async def test_a_store_that_is_away_is_counted_and_does_not_stop_the_answer() -> None:
