@@ -98,7 +98,8 @@ def kill_all(session: int) -> int:
 class Server:
     """`titanmem serve` on a port, a store and journals that stay the same however often it is started."""
 
-    def __init__(self, folder: Path, *, shards: int = 1, **env: str) -> None:
+    def __init__(self, folder: Path, *, shards: int = 1, store: str | None = None, **env: str) -> None:
+        """`store` is a URL; without one it is a folder of its own."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.store, self.journals = folder / "store", folder / "journal"
@@ -110,7 +111,7 @@ class Server:
             "--shards",
             str(shards),
             "--store",
-            f"file://{self.store}",
+            store or f"file://{self.store}",
         ]
         # Sockets lie in Ray's folder, and their paths may not be long: not below pytest's.
         self._ray = tempfile.mkdtemp(prefix="tm-", dir="/tmp")
