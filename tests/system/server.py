@@ -171,6 +171,12 @@ class Server:
         """All living processes of the server: the command, Ray's daemons and workers."""
         return members(self._process.pid) if self._process is not None else []
 
+    def logged(self) -> list[str]:
+        """The lines of the logs of coordinator, shards and doors, of the last start; gone after `close`."""
+        session = max(Path(self._ray).glob("ray/session_2*"))
+        texts = [file.read_text(errors="replace") for file in sorted(session.glob("logs/worker-*.err"))]
+        return [line for text in texts for line in text.splitlines() if not line.startswith(":")]
+
     def said(self) -> str:
         """What the last start has written, the end of it."""
         texts = [self._log(name).read_text(errors="replace") for name in ("out", "err")]
