@@ -59,7 +59,7 @@ def recognise(store: RecordStore, journal_dir: Path) -> str:
 def _known(marker: Path) -> dict[str, str] | None:
     try:
         known = json.loads(marker.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         known = None
