@@ -377,7 +377,7 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     decoder = await asyncio.to_thread(load_decoder, folder, config)
     if not config.remembers:
         logger.warning("%s: memory is off for every request", no_memory(options.model))
-    store = await asyncio.to_thread(open_store, options.store_url)
+    store = await asyncio.to_thread(open_store, options.store_url, watched=True)
     figures = Figures(options.shard)
     slab = Slab(spec, options.slots)
     layout = Layout.of(spec, await asyncio.to_thread(base_hash, folder), config.vocab_size)

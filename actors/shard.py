@@ -92,7 +92,7 @@ class MemoryShard:
         self._loop = asyncio.get_running_loop()
         if options.set_up:
             resolve(options.set_up)(endpoint=options.otlp_endpoint, instance=self._shard)
-        store = await asyncio.to_thread(open_store, options.keeper.store_url)
+        store = await asyncio.to_thread(open_store, options.keeper.store_url, watched=True)
         self._health = store.health
         read = partial(confirm, store, self._shard, self._epoch)
         await asyncio.to_thread(read)

@@ -335,11 +335,13 @@ class MemoryStore(RecordStore):
             _log.warning("%s is left behind for now: %s", name, error)
 
 
-def open_store(url: str) -> MemoryStore:
+def open_store(url: str, *, watched: bool = False) -> MemoryStore:
     """The store that `url` names; contacts nothing. Raises `ValueError` for a URL that names none.
 
-    All that this process opens under one URL share their `health`.
+    `watched`: its calls are noted in its `health`, which all share who open that URL so in this process.
     """
     objects = open_objects(url)
+    if not watched:
+        return MemoryStore(objects)
     health = health_of(objects.url)
     return MemoryStore(Watched(objects, health), health=health)

@@ -123,11 +123,15 @@ def test_what_a_store_refuses_is_an_answer(tmp_path: Path, health: Health, clock
 
 
 def test_all_who_open_a_store_in_a_process_learn_of_it_together(tmp_path: Path) -> None:
-    one, two = open_store(f"file://{tmp_path}/store"), open_store(f"file://{tmp_path}/store")
+    one, two = (
+        open_store(f"file://{tmp_path}/store", watched=True),
+        open_store(f"file://{tmp_path}/store", watched=True),
+    )
     assert one.health is two.health is health_of(one.url)
-    assert open_store(f"file://{tmp_path}/other").health is not one.health
+    assert open_store(f"file://{tmp_path}/other", watched=True).health is not one.health
     one.next_epoch()
     (tmp_path / "store").rename(tmp_path / "away")
     with pytest.raises(StoreUnavailable):
         one.next_epoch()
     assert "was here and is gone" in two.health.problem
+    assert not open_store(one.url).health.problem, "a command, that says itself what it meets"
