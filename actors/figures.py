@@ -28,6 +28,9 @@ class Figures:
         self.journal_bytes = self._gauge(
             "titan:journal_bytes", "Bytes of acknowledged tokens in the journal."
         )
+        self.store_away_s = self._gauge(
+            "titan:store_away_seconds", "Time since the store began to fail; 0 while it answers."
+        )
         self.replication_backlog = self._gauge(
             "titan:replication_backlog", "Segments in the journal that the store does not hold yet."
         )

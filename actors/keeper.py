@@ -25,7 +25,7 @@ from actors.slab import Resident, Slab
 from actors.turn import Turn, joined
 from actors.unbroken import unbroken
 from actors.vault import Layout, Vault
-from storage.errors import NoSuchMemory, StoreError, TitanmemError
+from storage.errors import NoSuchMemory, StoreError, StoreUnavailable, TitanmemError
 from storage.journal import Journal
 from storage.names import UserKey, bucket_of
 from storage.store import VersionInfo, open_store
@@ -281,6 +281,7 @@ class MemoryKeeper:
         return self._figures.text()
 
     def _gauge(self) -> None:
+        self._figures.store_away_s.set(self.roster.vault.store.health.away_s())
         self._figures.running.set(self.engine.running)
         self._figures.waiting.set(self.engine.waiting)
         self._figures.of_roster(self.roster)
@@ -290,6 +291,8 @@ class MemoryKeeper:
             await asyncio.sleep(min(1.0, max(0.05, self.options.idle_flush_s / 4)))
             try:
                 await self.roster.flush(self.options.idle_flush_s)
+            except StoreUnavailable:  # its health has said so, once
+                continue
             except TitanmemError as error:
                 logger.warning("idle memories stay in the journal for now: %s", error)
 
@@ -346,11 +349,13 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     decoder = await asyncio.to_thread(load_decoder, folder, config)
     if not config.remembers:
         logger.warning("%s: memory is off for every request", no_memory(options.model))
-    store = await asyncio.to_thread(open_store, options.store_url)
+    store = await asyncio.to_thread(open_store, options.store_url, watched=True)
     figures = Figures(options.shard)
     slab = Slab(spec, options.slots)
     layout = Layout.of(spec, await asyncio.to_thread(base_hash, folder), config.vocab_size)
     vault = Vault(store, layout, options.epoch, on_damage=figures.rollbacks.add)
+    if config.remembers:
+        await asyncio.to_thread(vault.check_model)
     options.journal.parent.mkdir(parents=True, exist_ok=True)
     journal = await asyncio.to_thread(Journal, options.journal)
     replicator = Replicator(journal, store.segments, options, figures)

@@ -21,7 +21,6 @@ from storage.errors import Fenced, StoreError, StoreUnavailable, VersionConflict
 OWNERS_PREFIX = "cluster/owners/"
 RETIRED = "retired"
 """Incarnation in the record of a shard that the map does not have any more."""
-READS_A_GRACE = 4
 
 log = logging.getLogger(__name__)
 
@@ -199,16 +198,19 @@ class Gate:
                 raise
             self.unconfirmed += 1
 
-    async def watch(self) -> None:
-        """Asks when nobody else does, so that a grace begins with the outage and not with the last answer before it.
-
-        Raises `Fenced`. Returns at once where the grace has no end, or there is none.
+    async def watch(self, interval_s: float) -> None:
+        """Looks when nobody else has for `interval_s`: a grace begins with the outage and not with the last answer
+        before it, and a shard where nobody speaks hears of its successor too. Ends by raising `Fenced`.
         """
-        pause_s = self._grace.seconds / READS_A_GRACE
-        while 0 < pause_s < math.inf:
-            await asyncio.sleep(pause_s)
-            if self._clock() - self._confirmed_at_s >= pause_s:
-                await self.look()
+        while True:
+            await asyncio.sleep(interval_s)
+            if self._clock() - self._confirmed_at_s >= interval_s:
+                try:
+                    await self.look()
+                except Fenced:
+                    raise
+                except StoreError as error:
+                    log.warning("%s", error)
 
     async def _shared_read(self) -> None:
         if self._next is None:

@@ -27,7 +27,7 @@ from actors.unbroken import unbroken
 from actors.vault import Found, Vault, erase_rest
 from actors.watch import Finding, Watch
 from actors.writer import SlotWriter
-from storage.errors import Fenced, JournalError, StoreError, TitanmemError
+from storage.errors import Fenced, JournalError, StoreError, StoreUnavailable, TitanmemError
 from storage.journal import Journal
 from storage.memory import Memory
 from storage.names import UserKey
@@ -108,13 +108,14 @@ class Roster:
 
     async def _activate(self, key: UserKey) -> Resident:
         """Newest valid version into a slot, then what the journal or the store's copy of it holds beyond it."""
+        # Before room is made: while the store is away nobody can come in, and nobody is to go for it.
+        found: Found = await self._in_store_pool(self.vault.newest, key)
         async with self._placing:
             if not self.slab.has_room():
                 await self._evict_one()
             resident = self.slab.place(key)
             resident.users, resident.used_at_s = 1, self._clock()
         try:
-            found: Found = await self._in_store_pool(self.vault.newest, key)
             if found.erasing:
                 await self._in_store_pool(erase_rest, self.journal, self.vault, key)
                 found = Found()
@@ -171,7 +172,8 @@ class Roster:
             except StoreError as error:
                 if isinstance(error, Fenced):
                     raise
-                logger.warning("%s is evicted unstored, the journal has it: %s", victim.key, error)
+                if not isinstance(error, StoreUnavailable):
+                    logger.warning("%s is evicted unstored, the journal has it: %s", victim.key, error)
             self.drop(resident)
 
     def drop(self, resident: Resident) -> None:
@@ -294,6 +296,8 @@ class Roster:
             async with self.turn(resident.key) as current:
                 if current is resident:
                     await self.store(resident)
+        except StoreUnavailable:  # its health has said so, once
+            pass
         except TitanmemError as error:
             logger.warning("%s stays in the journal for now: %s", resident.key, error)
         await asyncio.sleep(STORE_INTERVAL_S)

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -24,7 +25,9 @@ from actors.handover import LOCK_WAIT_S, wait_until_free
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from actors.options import ShardOptions
 from actors.ownership import Gate, Grace, confirm
-from storage.errors import Fenced, JournalFailed, StoreError
+from storage.errors import Fenced, JournalFailed
+from storage.health import Health
+from storage.identity import recognise
 from storage.names import UserKey, bucket_of
 from storage.store import open_store
 from titanmem import tracing
@@ -36,6 +39,10 @@ EARLY_CANCELS_MAX = 1024
 """Cancels remembered that came before their request."""
 CALLS_MAX = 16_384
 """Calls in flight in one shard; far over the keeper's own `queue_max`, which is what answers 429."""
+
+LOOK_INTERVAL_S = 5.0
+"""So often the ownership record is read while nobody asks: an outage of the store, or a successor, is noticed all the
+same."""
 
 T = TypeVar("T")
 method: Any = ray.method
@@ -75,6 +82,7 @@ class MemoryShard:
         self._chats: dict[str, asyncio.Task[Any]] = {}
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
         self._fence: BaseException | None = None
+        self._health: Health | None = None
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -84,9 +92,11 @@ class MemoryShard:
         self._loop = asyncio.get_running_loop()
         if options.set_up:
             resolve(options.set_up)(endpoint=options.otlp_endpoint, instance=self._shard)
-        store = await asyncio.to_thread(open_store, options.keeper.store_url)
+        store = await asyncio.to_thread(open_store, options.keeper.store_url, watched=True)
+        self._health = store.health
         read = partial(confirm, store, self._shard, self._epoch)
         await asyncio.to_thread(read)
+        await asyncio.to_thread(recognise, store, Path(options.keeper.journal_dir))
         await asyncio.to_thread(wait_until_free, options.keeper.journal, LOCK_WAIT_S)
         self._gate = Gate(
             read, Grace(seconds=options.keeper.grace_s, held=lambda: self._keeper.holds_journal())
@@ -133,6 +143,7 @@ class MemoryShard:
             "pid": os.getpid(),
             "chats": len(self._chats),
             "unconfirmed": self._gate.unconfirmed if self._gate else 0,
+            "store": self._health.summary() if self._health else "",
         }
 
     # -- the data path -----------------------------------------------------------------------------
@@ -154,7 +165,7 @@ class MemoryShard:
         try:
             async for event in events:
                 if isinstance(event, DoneEvent):
-                    await (self._confirm() if event.memory == "read_write" else self._gate.look())
+                    await (self._confirm() if event.memory == "read_write" else self._look())
                 yield event
         except BaseException as error:
             tracing.failed(span, error)
@@ -267,10 +278,14 @@ class MemoryShard:
         assert self._gate is not None, "an open shard has a gate"
         await self._gate.confirm()
 
+    async def _look(self) -> None:
+        assert self._gate is not None, "an open shard has a gate"
+        await self._gate.look()
+
     async def _watch_gate(self, gate: Gate) -> None:
         try:
-            await gate.watch()
-        except StoreError as error:
+            await gate.watch(LOOK_INTERVAL_S)
+        except Fenced as error:
             self._noticed(error)
 
     def _noticed(self, error: BaseException) -> None:

@@ -61,7 +61,8 @@ class Turn:
                     async with self.roster.turn(self.call.key) as resident:
                         done = await self._remembering(resident)
                         self.roster.store_soon(resident)
-                await self.roster.replicator.durable(self.call.key)
+                if self.call.memory == "read_write":
+                    await self.roster.replicator.durable(self.call.key)
             self.events.put_nowait(done)
         except BaseException as error:
             self.events.put_nowait(error)
@@ -75,10 +76,15 @@ class Turn:
         if self.call.memory == "read_only":
             return await self._reply(resident)
         waiting = await self._journal_prompt(resident)
-        done = await self._reply(resident)
-        with continued(self.call.trace, "update_memory"):
-            for segment in [*waiting, *await self._journal_reply(resident, done)]:
-                self.folds.append(await self.roster.fold(resident, segment))
+        try:
+            done = await self._reply(resident)
+            await self._journal_reply(resident, done, waiting)
+        finally:
+            # What the journal has comes into the memory, also when the reply failed: its next segment counts on from
+            # there, and a retry is told that these are written.
+            with continued(self.call.trace, "update_memory"):
+                for segment in waiting:
+                    self.folds.append(await self.roster.fold(resident, segment))
         return DoneEvent(
             finish_reason=done.finish_reason, prompt_tokens=done.prompt_tokens,
             completion_tokens=done.completion_tokens, memory_version=resident.memory_version,
@@ -116,12 +122,11 @@ class Turn:
                     self.folds.append(await self.roster.fold(resident, segment))
         return last
 
-    async def _journal_reply(self, resident: Resident, done: DoneEvent) -> list[Segment]:
-        """Journal what the reply added to the conversation, so that nobody writes it again."""
+    async def _journal_reply(self, resident: Resident, done: DoneEvent, waiting: list[Segment]) -> None:
+        """Journal what the reply added to the conversation, so that nobody writes it again; it goes to `waiting`."""
         prompt = joined([message.tokens for message in self.call.messages])
         reply = joined([self.call.generation_prompt, np.array(self._ids, np.int32)])
         before = self.call.messages[-1].prefix_hash if self.call.messages else 0
-        segments: list[Segment] = []
         for number, start in enumerate(range(0, len(reply), SEGMENT_TOKENS_MAX)):
             tokens = reply[start : start + SEGMENT_TOKENS_MAX]
             segment = self.roster.segment(
@@ -130,8 +135,7 @@ class Turn:
             )  # fmt: skip
             seen = [prefix_hash(before, "assistant", done.text)] if start + len(tokens) == len(reply) else []
             if await self._append(resident, segment, seen):
-                segments.append(segment)
-        return segments
+                waiting.append(segment)
 
     async def _append(self, resident: Resident, segment: Segment, seen: list[int]) -> bool:
         """Journal a segment; False if it is written already, which the memory knows even where no journal does."""

@@ -12,7 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
+from itertools import islice
 
 import numpy as np
 
@@ -38,6 +39,9 @@ from titanmem.reservoir import Reservoir
 from titanmem.spec import MemorySpec
 
 logger = logging.getLogger(__name__)
+
+USERS_LOOKED_AT = 8
+"""Of those in a store, to tell at a start whose memories it holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +86,27 @@ class Vault:
     ) -> None:
         self.store, self.layout, self.epoch = store, layout, epoch
         self._on_damage = on_damage
+
+    def check_model(self) -> None:
+        """Raises WrongBase when the store's memories are another model's: each of their users would be refused.
+
+        A few are looked at; a store that has any of ours is ours.
+        """
+        wrong: WrongBase | None = None
+        for key in islice(self.store.users(), USERS_LOOKED_AT):
+            try:
+                self.version(key, None)
+                return
+            except WrongBase as error:
+                wrong = error
+            except (BadMemoryFile, NoSuchMemory, StoreUnfit):  # said when the user comes
+                continue
+        if wrong is not None:
+            raise WrongBase(
+                self.store.url, "its memories are of the model that is served", wrong.expected, wrong.found,
+                "Serve the model that they were made with, or give this one a store and a journal folder of its own: "
+                "a memory can not be carried over to another model, nor to the same one trained again.",
+            )  # fmt: skip
 
     def newest(self, key: UserKey) -> Found:
         """The newest version that can be read, and how far damaged ones before it went.
@@ -182,8 +207,8 @@ class Vault:
         logger.error("%s is left out of the backup: %s", key, why)
         return None
 
-    def version(self, key: UserKey, version: int) -> Memory:
-        """One stored version; NoSuchMemory or the file's own error."""
+    def version(self, key: UserKey, version: int | None) -> Memory:
+        """One stored version (None: the newest); NoSuchMemory or the file's own error."""
         return self.store.get(key, version, expect_base=self.layout.base, expect_shape=self.layout.shape)
 
     def restore(self, memory: Memory, resident: Resident, slab: Slab) -> None:
@@ -233,7 +258,7 @@ class Vault:
             rule=self.layout.rule,
             theta_shape=self.layout.shape,
             written_layers=(len(self.layout.shape) - 1,),
-            created_at=now or datetime.now(UTC),
+            created_at=now or self.store.now(),
             nonzero_idx=positions.astype(np.int64) + self.layout.offset,
             theta_val=values,
             momentum=np.array([0.0] * (len(self.layout.shape) - 1) + [resident.momentum], dtype=np.float16),
@@ -264,7 +289,7 @@ class Vault:
             epoch=self.epoch,
             memory_version=max(resident.memory_version, memory.memory_version) + 1,
             last_chunk_id=max(resident.journaled_chunk_id, memory.last_chunk_id) + 1,
-            created_at=datetime.now(UTC),
+            created_at=self.store.now(),
             seen=np.array(list(seen)[-SEEN_MAX:], dtype=np.uint64),
             stats={**memory.stats, "falls": float(falls), "frozen": float(frozen)},
         )

@@ -82,13 +82,13 @@ async def livez() -> Response:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
-    """200 when requests are served; else 503 and the reason."""
+    """200 when requests are served, with a reason when something is wrong all the same; else 503 and the reason."""
     try:
         ready, reason = await door_of(request).backend.readiness()
     except TitanmemError as error:
         ready, reason = False, str(error)
     if ready:
-        return JSONResponse({"ready": True})
+        return JSONResponse({"ready": True, "reason": reason} if reason else {"ready": True})
     problem = NotReady(reason or "no reason is known")
     return JSONResponse({"ready": False, "reason": reason, **error_body(problem)}, 503, {"Retry-After": "1"})
 

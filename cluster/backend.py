@@ -82,7 +82,8 @@ class Backend(Protocol):
         ...
 
     async def readiness(self) -> tuple[bool, str]:
-        """Whether requests are served now, and if not, why; within a second, whatever the shards do."""
+        """Whether requests are served now, and what is wrong: if not, why not; if so, why not as they should, such as
+        a store that is away. Within a second, whatever the shards do."""
         ...
 
     async def shard_metrics(self) -> list[bytes]:

@@ -76,6 +76,9 @@ class Config:
     replicate_interval_s: float = 2.0
     """With `durability` replicated: seconds after which the store has what was acknowledged, 0.1 to 3,600. It is
     what the loss of a node with its disk may cost."""
+    sync_timeout_s: float = 10.0
+    """With `durability` sync: seconds that an answer waits for the store before it ends with 503 `not_replicated`, 0.1
+    to 3,600; less than `request_timeout_s`, which would end it without saying why."""
     persist_tokens: int = 4096
     """Tokens of a user between two stored versions, 256 to 65536."""
     idle_flush_s: float = 30.0
@@ -111,6 +114,11 @@ class Config:
             raise ValueError(f"keeper: {self.keeper!r} is not of the form module:function")
         if self.admin_key is not None and not self.admin_key:
             raise ValueError("admin_key: must not be empty; leave it out to have none")
+        if self.durability == "sync" and self.sync_timeout_s >= self.request_timeout_s:
+            raise ValueError(
+                f"sync_timeout_s: {self.sync_timeout_s:g} is not less than request_timeout_s, "
+                f"{self.request_timeout_s:g}"
+            )
         if not self.loopback and not self.api_keys:
             raise ValueError(
                 f"host: {self.host} can be reached from outside, so api_keys must not be empty "
@@ -151,6 +159,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("persist_tokens", 256, 65536),
     ("idle_flush_s", 0.1, 86_400),
     ("replicate_interval_s", 0.1, 3_600),
+    ("sync_timeout_s", 0.1, 3_600),
     ("seed", 0, 2**63 - 1),
 )
 _FIELDS = {f.name: f for f in dataclasses.fields(Config)}

@@ -229,6 +229,7 @@ class Coordinator:
             durability=config.durability,
             replicate_interval_s=config.replicate_interval_s,
             snapshots_url=config.snapshots,
+            sync_timeout_s=config.sync_timeout_s,
             seed=config.seed,
         )
         return ShardOptions(

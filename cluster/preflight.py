@@ -10,6 +10,7 @@ from pathlib import Path
 from actors.errors import no_memory
 from cluster.config import Config
 from cluster.errors import ClusterError
+from storage.identity import check_store
 from storage.store import open_store
 from titanmem.checkpoint import weight_map
 from titanmem.decoder_config import DecoderConfig
@@ -25,7 +26,10 @@ class CannotServe(ClusterError):
 
 
 def check(config: Config) -> None:
-    """What can be known before anything starts: port, model, store, journal. Raises `TitanmemError`."""
+    """What can be known before anything starts: port, model, store, journal. Raises `TitanmemError`.
+
+    A store that is not the one of the journals is refused before the probe, which would write into it.
+    """
     check_port(config.host, config.port)
     if config.ray_address is not None:
         check_ray_address(config.ray_address)
@@ -38,7 +42,10 @@ def check(config: Config) -> None:
     except ValueError as error:
         raise CannotServe(f"spec: {error}") from None
     try:
-        open_store(config.store).objects.probe()
+        store = open_store(config.store)
+        if config.ray_address is None:  # else the journals are on other machines, and their shards look
+            check_store(store, Path(config.journal_dir))
+        store.objects.probe()
         Path(config.journal_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CannotServe(f"{error.filename}: {error.strerror}") from None

@@ -182,12 +182,14 @@ class Router:
             current = await self._routes.current()
         except (NotReady, StoreUnavailable) as error:
             return False, str(error.details.get("reason", error))
+        why = ""
         for shard, answer in (await self._routes.ask_all("ping", READINESS_TIMEOUT_S)).items():
             if not isinstance(answer, dict):
                 return False, f"{shard} of {current.shards} is not answering: starting, or started again"
             if answer["state"] != "ready":
                 return False, f"{shard} of {current.shards} is {answer['state']}"
-        return True, ""
+            why = why or answer.get("store", "")
+        return True, why
 
     async def shard_metrics(self) -> list[bytes]:
         answers, *others = await asyncio.gather(

@@ -18,7 +18,8 @@
     │   ├── NoSuchMemory       nothing is stored under that name or version
     │   ├── StoreUnavailable   cannot be reached, or its answer is not known
     │   │   └── NotReplicated  in the journal here, but not in the store in time; ask again
-    │   └── StoreUnfit         reachable, but it breaks a rule that we depend on
+    │   ├── StoreUnfit         reachable, but it breaks a rule that we depend on
+    │   └── WrongStore         not the one that the journals beside us belong to
     ├── Forgotten              the user has been erased and may not come back by a restore
     ├── JournalError
     │   ├── JournalFull        journal_bytes_max is reached
@@ -182,6 +183,10 @@ class NotReplicated(StoreUnavailable):
 
 class StoreUnfit(StoreError):
     """The store answers, but breaks a rule that safety depends on (conditional writes)."""
+
+
+class WrongStore(StoreError):
+    """The journals of this node belong to another store: `expected` is its id, `found` this one's, if it has one."""
 
 
 class Forgotten(TitanmemError):

@@ -342,6 +342,12 @@ class S3Objects:
             return _Missing(str(error))
         if status == 501 or code == "NotImplemented":
             return StoreUnfit(f"{self.url}: this store can not do what {what} needs: {error}", name=name)
+        if code == "RequestTimeTooSkewed":
+            return StoreUnavailable(
+                f"{self.url}: can not {what} {name or 'the bucket'}: {error}. Set this machine's clock: S3 refuses "
+                "requests that are dated more than 15 minutes off.",
+                name=name,
+            )
         if status >= 500 or status == 429 or code in _AGAIN_CODES:
             return _Lost(str(error))
         return StoreUnavailable(

@@ -33,7 +33,7 @@ from storage.memory import SEEN_MAX
 from storage.names import UserKey
 from storage.objects import Objects
 from storage.segment import CONTEXT_TOKENS_MAX, SEGMENT_TOKENS_MAX, Segment
-from storage.tombstones import Tombstones
+from storage.tombstones import Tombstones, is_from_before
 
 SEGMENTS_MAX = 64
 """Segments in one object."""
@@ -137,8 +137,7 @@ class SegmentStore:
         if packet.key != key:
             raise _corrupt(f"{self._objects.url}: {name}", f"it belongs to {packet.key}")
         stone = self._tombstones.read(key)
-        forgotten_at = datetime.fromisoformat(stone[0]["forgotten_at"]) if stone else None
-        if stone and forgotten_at and piece.epoch <= stone[0]["epoch"] and packet.created_at <= forgotten_at:
+        if stone is not None and is_from_before(stone[0], piece.epoch, packet.created_at):
             self._objects.delete(name)  # it came too late to be erased with the rest
             return None
         return packet

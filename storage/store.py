@@ -4,6 +4,7 @@ users/<tenant>/<user>/HEAD                                  which versions there
 users/<tenant>/<user>/v000000000012-e00000003.titanmem      one version, never changed
 journal/<tenant>/<user>/…                                   segments that no version holds yet (`segments.py`)
 tombstones/<tenant>/<user>                                  the user was erased
+cluster/store                                               which store this is (`identity.py`)
 cluster/epoch, cluster/shardmap, cluster/owners/<shard>     records of the cluster
 """
 
@@ -13,9 +14,10 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
+from storage.clock import SteadyClock, utc_now
 from storage.errors import (
     BadMemoryFile,
     ChecksumMismatch,
@@ -30,20 +32,17 @@ from storage.errors import (
     VersionConflict,
 )
 from storage.head import Head, VersionInfo, hash_of, number_and_epoch, user_folder
+from storage.health import Health, Watched, health_of
 from storage.names import UserKey, check_name
 from storage.objects import Objects, open_objects
 from storage.records import SWAP_ATTEMPTS_MAX, RecordStore
 from storage.segments import SegmentStore, segments_folder
 from storage.titanmem import Memory, decode, encode
-from storage.tombstones import Tombstones
+from storage.tombstones import Tombstones, is_from_before
 
 DELETE_ROUNDS_MAX = 5
 
 _log = logging.getLogger(__name__)
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
 
 
 class MemoryStore(RecordStore):
@@ -52,11 +51,16 @@ class MemoryStore(RecordStore):
     Every method may raise `StoreUnavailable`, and `StoreUnfit` for a record that is damaged.
     """
 
-    def __init__(self, objects: Objects, *, clock: Callable[[], datetime] = _now) -> None:
+    def __init__(
+        self, objects: Objects, *, clock: Callable[[], datetime] = utc_now, health: Health | None = None
+    ) -> None:
+        """`health` is where `objects` notes its calls; without it nobody does."""
         super().__init__(objects)
+        self.health = health or Health(objects.url)
         self.tombstones = Tombstones(self)
-        self.segments = SegmentStore(objects, self.tombstones, clock=clock)
-        self._clock = clock
+        self.now = SteadyClock(clock)
+        """UTC, for whatever is written here: what follows an erasure is dated after it."""
+        self.segments = SegmentStore(objects, self.tombstones, clock=self.now)
 
     def put(self, memory: Memory, *, epoch: int, data: bytes | None = None) -> VersionInfo:
         """Stores `memory` as the newest version of its user, written under `epoch`; durable when it returns.
@@ -199,7 +203,7 @@ class MemoryStore(RecordStore):
         """
         found: list[VersionInfo] = []
         problems: list[BadMemoryFile] = []
-        barred = self.forgotten_at(key)
+        stone = self.tombstones.read(key)
         for name in self._files(key):
             stored = self.objects.get(name)
             if stored is None:
@@ -218,8 +222,9 @@ class MemoryStore(RecordStore):
                 hash=hash_of(stored[0]),
                 last_chunk_id=memory.last_chunk_id,
             )
-            is_barred = barred is not None and memory.created_at <= barred
-            if memory.key == key and name.endswith(line.file) and not is_barred:
+            if stone is not None and is_from_before(stone[0], memory.epoch, memory.created_at):
+                continue
+            if memory.key == key and name.endswith(line.file):
                 found.append(line)
         best: list[VersionInfo] = []
         for line in sorted(found, key=lambda line: (line.epoch, line.version), reverse=True):
@@ -265,7 +270,7 @@ class MemoryStore(RecordStore):
             head = Head(epoch=0, versions=())  # a damaged HEAD must not keep a user from being erased
         if epoch is not None:
             head.check_epoch(key, epoch)
-        self.tombstones.raise_one(key, max(epoch or 0, head.epoch), self._clock())
+        self.tombstones.raise_one(key, max(epoch or 0, head.epoch), self.now())
 
     def delete(self, key: UserKey, *, epoch: int | None = None) -> list[str]:
         """Erases the user and leaves a tombstone; the names of what was removed. Repeat it after a crash.
@@ -371,6 +376,13 @@ class MemoryStore(RecordStore):
             _log.warning("%s is left behind for now: %s", name, error)
 
 
-def open_store(url: str) -> MemoryStore:
-    """The store that `url` names; contacts nothing. Raises `ValueError` for a URL that names none."""
-    return MemoryStore(open_objects(url))
+def open_store(url: str, *, watched: bool = False) -> MemoryStore:
+    """The store that `url` names; contacts nothing. Raises `ValueError` for a URL that names none.
+
+    `watched`: its calls are noted in its `health`, which all share who open that URL so in this process.
+    """
+    objects = open_objects(url)
+    if not watched:
+        return MemoryStore(objects)
+    health = health_of(objects.url)
+    return MemoryStore(Watched(objects, health), health=health)

@@ -41,7 +41,8 @@ class Tombstones:
                 "tenant": key.tenant,
                 "user": key.user,
                 "forgotten_at": write_time(now),
-                "epoch": max(epoch, old[0]["epoch"] if old else 0),
+                "epoch": (under := max(epoch, old[0]["epoch"] if old else 0)),
+                "erased_under": under,
                 "cleared": False,
                 "erasing": True,
             }
@@ -101,6 +102,16 @@ class Tombstones:
         if not found[0]["cleared"]:
             when = found[0]["forgotten_at"]
             raise Forgotten(f"{key}: erased at {when}, and not stored again by itself", key=str(key))
+
+
+def is_from_before(stone: dict[str, Any], epoch: int, made: datetime) -> bool:
+    """Whether what was written under `epoch` at `made` belongs to what the user was before the erasure `stone`.
+
+    Epochs decide: who writes under a newer one has begun since, however wrong the clocks are. Only under the erasing
+    epoch itself the time does, and that is one process, whose clock never goes back (`SteadyClock`).
+    """
+    under = stone.get("erased_under", stone["epoch"])
+    return epoch < under or (epoch == under and made <= datetime.fromisoformat(stone["forgotten_at"]))
 
 
 def _name(key: UserKey) -> str:

@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def free_port() -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class S3Server:
-    """A running ministack; `environment` is what a client process needs."""
+    """A running S3; `environment` is what a client process needs."""
 
     endpoint: str
     environment: dict[str, str]
@@ -39,7 +40,9 @@ class S3Server:
     def make_bucket(self, name: str) -> None:
         import boto3
 
-        boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1").create_bucket(Bucket=name)
+        # Not boto3's own session: it keeps the credentials of the first server.
+        client = boto3.Session().client("s3", endpoint_url=self.endpoint, region_name="us-east-1")
+        client.create_bucket(Bucket=name)
 
     def url(self, bucket: str, prefix: str = "") -> str:
         """A store's URL in `bucket`, which must exist."""
@@ -99,16 +102,57 @@ def redis_server(folder: Path, *options: str) -> Iterator[RedisServer]:
         server.kill()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    """Returns when something answers at `address`, whatever it answers."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"ministack did not start: {log.read_text()[-2000:]}")
+            raise RuntimeError(f"{address} did not start: {log.read_text()[-2000:]}")
         try:
-            with urllib.request.urlopen(f"{endpoint}/_ministack/health", timeout=2):
+            with urllib.request.urlopen(address, timeout=2):
                 return
+        except urllib.error.HTTPError:
+            return
         except OSError:
             time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def environment_of(names: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables of this process, and puts back what was there at the end."""
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def s3_process(
+    folder: Path, command: Sequence[str], port: int, *, health: str = "/", credentials: Mapping[str, str], **env: str
+) -> Iterator[S3Server]:  # fmt: skip
+    """The S3 that `command` starts on `port`, its words in `folder`; this process has its credentials meanwhile."""
+    endpoint, log = f"http://127.0.0.1:{port}", folder / "s3.log"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, **env}, cwd=folder, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        _wait_until_ready(process, f"{endpoint}{health}", log)
+        with environment_of(credentials):
+            yield S3Server(endpoint=endpoint, environment=dict(credentials))
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @contextlib.contextmanager
@@ -118,31 +162,10 @@ def ministack(folder: Path) -> Iterator[S3Server]:
     Sets the credentials of `S3_ENVIRONMENT` in this process too, and puts back what was there at the end.
     """
     port = free_port()
-    endpoint = f"http://127.0.0.1:{port}"
-    before = {name: os.environ.get(name) for name in S3_ENVIRONMENT}
     own = {"GATEWAY_PORT": str(port), "BIND_HOST": "127.0.0.1", "SERVICES": "s3", "TMPDIR": str(folder)}
-    log = folder / "ministack.log"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "ministack"],
-            env={**os.environ, **own, "S3_DATA_DIR": str(folder / "s3"), "HOME": str(folder)},
-            cwd=folder,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        _wait_until_ready(process, endpoint, log)
-        os.environ.update(S3_ENVIRONMENT)
-        yield S3Server(endpoint=endpoint, environment=dict(S3_ENVIRONMENT))
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    own |= {"S3_DATA_DIR": str(folder / "s3"), "HOME": str(folder)}
+    command = [sys.executable, "-W", "ignore", "-m", "ministack"]
+    with s3_process(
+        folder, command, port, health="/_ministack/health", credentials=S3_ENVIRONMENT, **own
+    ) as server:
+        yield server

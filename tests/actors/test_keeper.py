@@ -266,8 +266,16 @@ async def test_a_damaged_newest_version_costs_nothing(options, tmp_path):
 async def test_another_model_is_refused(options, tmp_path):
     async with opened(options) as keeper:
         await keeper.ingest(piece(ALICE, 1))
-    other = tiny_folder(tmp_path / "other", seed=5)
-    async with opened(options, model=str(other), epoch=2) as keeper:
+    other = str(tiny_folder(tmp_path / "other", seed=5))
+    with pytest.raises(
+        WrongBase, match=r"/store: its memories are of the model that is served: .* a store and a journal"
+    ):
+        await open_keeper(replace(options, model=other, epoch=2))
+    elsewhere = replace(options, store_url=f"file://{tmp_path}/store2", journal_dir=f"{tmp_path}/journal2")
+    async with opened(elsewhere, model=other) as keeper:
+        await keeper.ingest(piece(BOB, 2))
+    (tmp_path / "store2" / "users" / "local" / "bob").rename(tmp_path / "store" / "users" / "local" / "bob")
+    async with opened(options, model=other, epoch=2) as keeper:  # some are its own
         with pytest.raises(WrongBase):
             await keeper.ingest(piece(ALICE, 2))
 

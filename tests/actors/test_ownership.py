@@ -10,7 +10,6 @@ import pytest
 
 from actors.ownership import (
     OWNERS_PREFIX,
-    READS_A_GRACE,
     Gate,
     Grace,
     Owner,
@@ -171,6 +170,8 @@ async def test_without_a_grace_nobody_is_let_through_who_may_be_fenced() -> None
     with pytest.raises(StoreUnavailable, match="away"):
         await gate.confirm()
     assert gate.unconfirmed == 0
+    await gate.look()
+    assert gate.reads == 2, "what promises nothing goes on, and has asked"
 
 
 async def test_a_store_that_is_away_is_counted_and_does_not_stop_the_answer(caplog) -> None:
@@ -239,9 +240,7 @@ async def test_who_rests_asks_too_where_a_grace_has_an_end() -> None:
 
     async with asyncio.timeout(10):
         with pytest.raises(Fenced):
-            await Gate(read, Grace(seconds=0.02 * READS_A_GRACE)).watch()
-        await Gate(read, Grace()).watch()
-        await Gate(read, Grace(seconds=0.0)).watch()
+            await Gate(read, Grace()).watch(0.02)
     assert reads == 3
 
 

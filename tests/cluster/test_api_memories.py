@@ -301,6 +301,9 @@ def test_the_operators_routes(http, backend):
 def test_health(http, backend):
     assert http.get("/livez").status_code == 200
     assert http.get("/readyz").json() == {"ready": True}
+    backend.ready = (True, "the store is away")
+    reply = http.get("/readyz")
+    assert (reply.status_code, reply.json()) == (200, {"ready": True, "reason": "the store is away"})
     backend.ready = (False, "draining")
     reply = http.get("/readyz")
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")

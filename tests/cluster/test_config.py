@@ -78,6 +78,7 @@ def test_keys_are_never_shown() -> None:
         ("rule", "", "rule: '' is not one of sparse"),
         ("durability", "always", "durability: 'always' is not one of local, replicated, sync"),
         ("replicate_interval_s", 0, "replicate_interval_s: 0.0 is outside 0.1 to 3600"),
+        ("sync_timeout_s", 0, "sync_timeout_s: 0.0 is outside 0.1 to 3600"),
         ("store", "gopher://h:1/0", "store: no store for gopher://; there are file://, s3://"),
         ("store", "file://", "store: file:// names no path"),
         ("host", "0.0.0.0", "host: 0.0.0.0 can be reached from outside"),
@@ -97,6 +98,14 @@ def test_a_wrong_value_names_field_value_and_range(field: str, value: object, sa
     with pytest.raises(ValueError) as caught:
         from_mapping({field: value})
     assert str(caught.value).startswith(says)
+
+
+def test_an_answer_says_why_it_ends_before_its_request_is_over() -> None:
+    with pytest.raises(ValueError, match=r"^sync_timeout_s: 10 is not less than request_timeout_s, 5$"):
+        from_mapping({"durability": "sync", "request_timeout_s": 5})
+    assert from_mapping({"request_timeout_s": 5}).sync_timeout_s == 10, (
+        "nothing waits for the store otherwise"
+    )
 
 
 def test_errors_name_where_the_value_came_from(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ import pytest
 from cluster.config import Config, laptop
 from cluster.preflight import CannotServe, check, check_port, check_ray_address, machine_gpus, remarks
 from cluster.serve import address, welcome
-from storage.errors import StoreUnavailable, TitanmemError
+from storage.errors import StoreUnavailable, TitanmemError, WrongStore
+from storage.identity import recognise
+from storage.store import open_store
 from tests.servers import free_port
 from titanmem.errors import ModelFolderError
 
@@ -93,6 +95,17 @@ def test_a_store_that_cannot_be_reached(tmp_path: Path, model: Path, monkeypatch
     url = f"s3://bucket/prefix?endpoint=http://127.0.0.1:{free_port()}&region=us-east-1"
     with pytest.raises(StoreUnavailable):
         check(config(tmp_path, model, store=url))
+
+
+def test_journals_of_another_store_are_no_start_into_this_one(tmp_path: Path, model: Path) -> None:
+    known = config(tmp_path, model)
+    recognise(open_store(known.store), Path(known.journal_dir))
+    check(known)
+    (tmp_path / "store").rename(tmp_path / "unmounted")
+    with pytest.raises(WrongStore, match="Is its disk mounted"):
+        check(known)
+    assert not (tmp_path / "store").exists(), "not even the probe wrote"
+    check(config(tmp_path, model, ray_address="auto"))  # the journals are elsewhere
 
 
 def test_a_journal_folder_that_is_a_file(tmp_path: Path, model: Path) -> None:

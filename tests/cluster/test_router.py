@@ -273,6 +273,8 @@ async def test_readiness_says_which_shard_and_why(place: Place) -> None:
         False,
         "shard-0 of 1 is draining",
     )
+    away = {"state": "ready", "store": "the store is away"}
+    assert await place.router(Shard(ping=Method(away))).readiness() == (True, "the store is away")
     ready, why = await place.router(Shard(ping=Method(DIED))).readiness()
     assert not ready
     assert "shard-0" in why

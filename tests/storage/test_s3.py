@@ -97,6 +97,33 @@ def test_a_write_that_never_arrived_is_repeated(flaky: Any) -> None:
     assert client.calls == 4
 
 
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (429, "TooManyRequests"),
+        (409, "ConditionalRequestConflict"),
+        (409, "OperationAborted"),
+        (503, "SlowDown"),
+    ],
+)
+@pytest.mark.parametrize("operation", ["put_object", "get_object", "delete_object", "list_objects_v2"])
+def test_a_busy_server_is_asked_again(flaky: Any, operation: str, status: int, code: str) -> None:
+    """Of a 409, S3 says that the condition was not decided: it is no conflict."""
+    objects, client = flaky(operation, *[client_error(status, code)] * (ATTEMPTS_MAX - 1))
+    objects.put("a", b"mine", if_absent=True)
+    assert (objects.get("a") or (b"",))[0] == b"mine"
+    assert [info.name for info in objects.list()] == ["a"]
+    objects.delete("a")
+    assert client.calls >= ATTEMPTS_MAX
+    assert objects.get("a") is None
+
+
+def test_a_clock_that_is_off_is_named(flaky: Any) -> None:
+    objects, _ = flaky("get_object", client_error(403, "RequestTimeTooSkewed"))
+    with pytest.raises(StoreUnavailable, match="Set this machine's clock"):
+        objects.get("a")
+
+
 def test_another_writer_in_the_gap_wins(flaky: Any, s3_url: str) -> None:
     objects, client = flaky("put_object", "late")
     client.between = lambda: open_objects(s3_url).put("a", b"theirs", if_absent=True)

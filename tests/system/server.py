@@ -98,7 +98,8 @@ def kill_all(session: int) -> int:
 class Server:
     """`titanmem serve` on a port, a store and journals that stay the same however often it is started."""
 
-    def __init__(self, folder: Path, *, shards: int = 1, **env: str) -> None:
+    def __init__(self, folder: Path, *, shards: int = 1, store: str | None = None, **env: str) -> None:
+        """`store` is a URL; without one it is a folder of its own."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.store, self.journals = folder / "store", folder / "journal"
@@ -110,7 +111,7 @@ class Server:
             "--shards",
             str(shards),
             "--store",
-            f"file://{self.store}",
+            store or f"file://{self.store}",
         ]
         # Sockets lie in Ray's folder, and their paths may not be long: not below pytest's.
         self._ray = tempfile.mkdtemp(prefix="tm-", dir="/tmp")
@@ -169,6 +170,12 @@ class Server:
     def processes(self) -> list[int]:
         """All living processes of the server: the command, Ray's daemons and workers."""
         return members(self._process.pid) if self._process is not None else []
+
+    def logged(self) -> list[str]:
+        """The lines of the logs of coordinator, shards and doors, of the last start; gone after `close`."""
+        session = max(Path(self._ray).glob("ray/session_2*"))
+        texts = [file.read_text(errors="replace") for file in sorted(session.glob("logs/worker-*.err"))]
+        return [line for text in texts for line in text.splitlines() if not line.startswith(":")]
 
     def said(self) -> str:
         """What the last start has written, the end of it."""

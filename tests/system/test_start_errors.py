@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.config import laptop
+from tests.s3_peers import localbucket, s3rver
 from tests.servers import S3_ENVIRONMENT, free_port
 from tests.system.server import Ended, serve_until_it_fails
 
@@ -54,3 +56,13 @@ def test_a_store_that_cannot_be_reached(tmp_path: Path) -> None:
     store = f"s3://memories/titanmem?endpoint=http://127.0.0.1:{free_port()}&region=us-east-1"
     line = failed(tmp_path, "--store", store, "--port", str(free_port()), **S3_ENVIRONMENT)
     assert "memories" in line
+
+
+@pytest.mark.parametrize(("peer", "rule"), [(localbucket, "If-Match"), (s3rver, "If-None-Match")])
+def test_a_store_that_ignores_a_condition(tmp_path: Path, peer: Any, rule: str) -> None:
+    (tmp_path / "s3").mkdir()
+    with peer(tmp_path / "s3") as server:
+        server.make_bucket("memories")
+        store = server.url("memories", "titanmem")
+        line = failed(tmp_path, "--store", store, "--port", str(free_port()), **server.environment)
+    assert f"s3://memories/titanmem: this store ignores {rule}, so two shards could write one memory" in line
