@@ -13,6 +13,7 @@ import ray
 import yaml
 
 from cluster.config import Config, load
+from cluster.ray_settings import ENVIRONMENT
 from storage.journal import JOURNAL_BYTES_MAX
 from tests.k8s import cli
 from tests.k8s.render import K8S, KUSTOMIZATIONS, REPO, Manifest, containers, pod_templates, render
@@ -299,6 +300,7 @@ def test_a_frozen_node_is_noticed_in_seconds(manifests: list[Manifest]) -> None:
             assert re.search(rb"\0" + name.encode() + rb"\0", known), f"Ray {ray.__version__} knows no {name}"
         period, timeout = env["RAY_health_check_period_ms"], env["RAY_health_check_timeout_ms"]
         attempts = int(env["RAY_health_check_failure_threshold"])
+        assert env.items() >= ENVIRONMENT.items(), "`titanmem serve` and the manifests say the same"
         assert attempts * (int(period) + int(timeout)) / 1000 <= FROZEN_NODE_S_MAX
         assert attempts > 1, "one lost packet would take a node away"
     assert not re.search(rb"\0RAY_health_check_period_s\0", known)
