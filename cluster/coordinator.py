@@ -45,7 +45,10 @@ class Coordinator:
         self._map: ShardMap | None = None
         self._watchers: list[Watcher] = []
         self._processes = Processes(
-            config.keeper, spares=config.spares, anywhere=config.durability != "local"
+            config.keeper,
+            str(config.model_folder),
+            spares=config.spares,
+            anywhere=config.durability != "local",
         )
         self._spares: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()

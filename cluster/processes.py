@@ -41,9 +41,10 @@ class Process:
 class Processes:
     """Of one coordinator, on its event loop."""
 
-    def __init__(self, open_keeper: str, *, spares: int, anywhere: bool) -> None:
+    def __init__(self, open_keeper: str, model: str, *, spares: int, anywhere: bool) -> None:
         """`spares`: how many on each node. `anywhere`: a shard may go on on another node than its journal's."""
-        self._open_keeper, self._wanted, self._anywhere = open_keeper, spares, anywhere
+        self._kind = open_keeper, model
+        self._wanted, self._anywhere = spares, anywhere
         self._spares: list[Process] = []
 
     @property
@@ -90,7 +91,7 @@ class Processes:
     async def _add(self, node: str) -> None:
         spare = _new(num_gpus=0, node=node)
         try:
-            await ask(spare.handle.warm.remote(self._open_keeper), WARM_TIMEOUT_S)
+            await ask(spare.handle.warm.remote(*self._kind), WARM_TIMEOUT_S)
         except BaseException:
             kill(spare.handle)
             raise

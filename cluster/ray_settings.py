@@ -6,6 +6,8 @@ test compares the two. The operator's own environment wins.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "200",
@@ -31,3 +33,8 @@ LOCAL = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # Ray's remarks on dead workers; the coordinator logs what matters
 }
 """What `titanmem serve` adds on its one machine."""
+
+
+def gcs_storage(folder: Path) -> dict[str, str]:
+    """For the head node: Ray's control service (GCS) keeps its state there, and goes on from it when started again."""
+    return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder)}

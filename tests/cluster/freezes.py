@@ -80,6 +80,11 @@ class Drill:
         self._tasks: list[asyncio.Task[None]] = []
         self._done = False
 
+    @property
+    def acknowledged(self) -> int:
+        """Updates so far."""
+        return sum(map(len, self._acknowledged.values()))
+
     async def start(self) -> None:
         await ask(self._coordinator.wait_ready.remote(), READY_TIMEOUT_S)
         for shard in range(self.config.shards):
@@ -117,7 +122,7 @@ class Drill:
 
     async def freeze(self, what: str, *, hold_s: float | None = None) -> Freeze:
         """`what` is worker, raylet or both; `hold_s` None: until a successor serves, and a second more."""
-        status = await self._settled()
+        status = await self.settled()
         victim = self._rng.choice(status["shards"])
         shard, pid, number = victim["shard"], victim["pid"], self.nodes.of(victim["node"])
         owner = read_owner(self._store, shard)
@@ -132,7 +137,7 @@ class Drill:
         if hold_s is not None:
             await asyncio.sleep(hold_s)
         else:
-            await self._succeeded(shard, victim["epoch"])
+            await self.succeeded(shard, victim["epoch"])
             await answered
             await asyncio.sleep(1.0)
         held_s = time.monotonic() - began
@@ -154,7 +159,7 @@ class Drill:
         self.freezes.append(found)
         return found
 
-    async def _settled(self) -> dict[str, Any]:
+    async def settled(self) -> dict[str, Any]:
         """The cluster's record, once all serve and each node has its spare."""
         deadline = time.monotonic() + READY_TIMEOUT_S
         while True:
@@ -165,7 +170,8 @@ class Drill:
             assert time.monotonic() < deadline, status
             await asyncio.sleep(0.1)
 
-    async def _succeeded(self, shard: str, epoch: int) -> None:
+    async def succeeded(self, shard: str, epoch: int) -> None:
+        """Returns when the shard was claimed under a newer epoch."""
         deadline = time.monotonic() + READY_TIMEOUT_S
         while max(at for name, at in self._claims if name == shard) <= epoch:
             assert time.monotonic() < deadline, f"nobody took {shard} over"
@@ -232,8 +238,8 @@ class Drill:
         lines = self._confirmed()
         return {
             "freezes": [asdict(freeze) for freeze in self.freezes],
-            "updates_acknowledged": sum(map(len, self._acknowledged.values())),
-            "updates_ambiguous": sum(self._submitted.values()) - sum(map(len, self._acknowledged.values())),
+            "updates_acknowledged": self.acknowledged,
+            "updates_ambiguous": sum(self._submitted.values()) - self.acknowledged,
             "errors_seen_by_writers": dict(self._errors),
             "confirmations": len(lines),
             "old_epoch": len(late(lines, self._claims)),

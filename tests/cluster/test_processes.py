@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -13,12 +14,16 @@ from cluster.processes import Process, Processes
 
 
 class Method:
-    """`handle.method.remote(...)`: gives the answer, or raises it when it is awaited."""
+    """`handle.method.remote(...)`: can be awaited, and gives the answer or raises it."""
 
     def __init__(self, answer: Any = None) -> None:
         self.answer = answer
 
-    async def remote(self, *_: Any) -> Any:
+    def remote(self, *_: Any) -> Method:
+        return self
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from asyncio.sleep(0).__await__()
         if isinstance(self.answer, BaseException):
             raise self.answer
         return self.answer
@@ -49,7 +54,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
 
 async def filled(*, anywhere: bool, spares: int = 1) -> Processes:
-    processes = Processes("keeper:open", spares=spares, anywhere=anywhere)
+    processes = Processes("keeper:open", "model", spares=spares, anywhere=anywhere)
     task = asyncio.create_task(processes.keep(lambda: True))
     await asyncio.sleep(0.1)
     task.cancel()
@@ -68,7 +73,7 @@ async def test_no_spares_when_none_are_wanted_or_something_is_more_urgent(
     world: dict[str, list[Any]],
 ) -> None:
     assert (await filled(anywhere=True, spares=0)).spares == 0
-    processes = Processes("keeper:open", spares=1, anywhere=True)
+    processes = Processes("keeper:open", "model", spares=1, anywhere=True)
     task = asyncio.create_task(processes.keep(lambda: False))
     await asyncio.sleep(0.05)
     task.cancel()
