@@ -53,7 +53,10 @@ class Nodes:
         number = len(self._nodes)
         env = {JOURNALS: str(self._folder / f"journals-{number}"), FAULT: self._fault}
         node = self._cluster.add_node(
-            num_cpus=0, num_gpus=1, object_store_memory=OBJECT_STORE_BYTES, env_vars=env, wait=True
+            num_cpus=0,
+            num_gpus=1,
+            object_store_memory=OBJECT_STORE_BYTES,
+            env_vars=env,
         )
         self._nodes.append(node)
         return number
@@ -127,7 +130,9 @@ class Nodes:
 def nodes(config: Config, folder: Path, count: int, *, fault: str = "", **env: str) -> Iterator[Nodes]:
     """A cluster with `count` nodes for shards, and this process as its driver; all of it ends with the block."""
     before = dict(os.environ)
-    os.environ.update({"PYTHONPATH": str(ROOT), JOURNALS: str(folder / "journals-head"), **env})
+    # Whether Ray asks for a token was settled in this process when it imported Ray; all others follow it.
+    ours = {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", JOURNALS: str(folder / "journals-head")}
+    os.environ.update({**ours, **env})
     prepare_environment(config)
     # Sockets lie in Ray's folder, and their paths may not be long.
     ray_folder = tempfile.mkdtemp(prefix="tm-", dir="/tmp")
