@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class ShardProcess(MemoryShard):
     def __init__(self) -> None:
         """Nothing is known yet; `become` calls the shard's own."""
         self._shard, self._state, self._chats = "no shard", "spare", {}
+        self._keeper = self._loop = None
+        self._early_cancels = OrderedDict()
 
     @method(concurrency_group="admin")
     async def warm(self, open_keeper: str, model: str) -> None:

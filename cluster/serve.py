@@ -18,7 +18,7 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.preflight import CannotServe, check, machine_gpus, remarks
-from cluster.ray_settings import ENVIRONMENT, LOCAL
+from cluster.ray_settings import of_server
 from storage.errors import TitanmemError
 
 READY_TIMEOUT_S = 300.0
@@ -62,7 +62,7 @@ def run(config: Config, say: Say | None = None) -> None:
 def prepare_environment(config: Config) -> None:
     """What Ray's processes inherit. The operator's own settings win."""
     threads = max(1, (os.cpu_count() or 1) // config.shards)
-    for name, value in {**ENVIRONMENT, **LOCAL, "OMP_NUM_THREADS": str(threads)}.items():
+    for name, value in {**of_server(config.ray_address is not None), "OMP_NUM_THREADS": str(threads)}.items():
         os.environ.setdefault(name, value)
     tokens = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     if config.ray_address and (any(map(os.environ.get, tokens)) or RAY_TOKEN.expanduser().exists()):

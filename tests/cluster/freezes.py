@@ -32,10 +32,10 @@ from tests.cluster.drill_keeper import CONFIRMED
 from tests.cluster.nodes import Nodes, alive
 
 KEEPER = "tests.cluster.drill_keeper:open_keeper"
-PAUSE_S = (0.1, 0.3)
+PAUSE_S = (0.3, 0.9)
 DIRECT = 100
 """Number of the first of the users whose updates go straight to a shard."""
-DIRECT_PAUSE_S = 0.05
+DIRECT_PAUSE_S = 0.1
 READY_TIMEOUT_S = 120.0
 GONE_TIMEOUT_S = 30.0
 LATE_S = 1.0
@@ -151,7 +151,7 @@ class Drill:
         direct.cancel()
         counts = await direct
         if raylet and failed_over:
-            await asyncio.to_thread(self.nodes.renew, number)
+            self.nodes.renew(number)  # Ray sets signals there, so in the main thread
         found = Freeze(
             what=what, shard=shard, failed_over=failed_over, held_s=round(held_s, 2), gone_s=round(gone_s, 2),
             answered_s=round(answered_s, 2), direct=counts[0], direct_acknowledged=counts[1],

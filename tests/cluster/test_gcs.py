@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from cluster.ray_settings import gcs_storage
 from tests.cluster.freezes import Drill, drill_config
 from tests.cluster.nodes import nodes
 from tests.tiny_model import tiny_folder
@@ -22,7 +21,8 @@ AWAY_S = 3.0
 async def test_requests_go_on_while_the_control_service_is_away(tmp_path: Path) -> None:
     model = tiny_folder(tmp_path / "model")
     config = drill_config(tmp_path, model, shards=1, durability="sync")
-    with nodes(config, tmp_path, 1, **gcs_storage(tmp_path / "gcs")) as cluster:
+    storage = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(tmp_path / "gcs")}
+    with nodes(config, tmp_path, 1, **storage) as cluster:
         drill = Drill(config=config, nodes=cluster, users=6, seed=0)
         await drill.start()
         pid = (await drill.settled())["shards"][0]["pid"]
