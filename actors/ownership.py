@@ -50,7 +50,7 @@ class Owner:
     shard: str
     epoch: int
     incarnation: str
-    """Names this one start of the shard."""
+    """Names this one start of the shard: its Ray actor's name, by which it is found."""
     cluster: str
     """Names the cluster whose coordinator claimed: another one's shard is not ours to start again."""
     actor: str = ""

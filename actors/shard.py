@@ -1,4 +1,4 @@
-"""`MemoryShard`, the Ray actor: one keeper behind an ownership check, the single writer of its users.
+"""`MemoryShard`: one keeper behind an ownership check, the single writer of its users. A Ray actor (actors/process.py).
 
 Concurrency groups: in Ray a group has an event loop and a thread of its own. The keeper lives on the default
 group's loop; `admin` methods hop over to it without waiting behind the default group's calls; `health`
@@ -305,13 +305,3 @@ class MemoryShard:
         if asyncio.get_running_loop() is self._loop:
             return await work
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
-
-
-ShardActor: Any = ray.remote(  # pyright: ignore[reportCallIssue]: its stubs lack concurrency_groups
-    num_cpus=0,
-    num_gpus=1,
-    max_restarts=0,
-    max_task_retries=0,
-    max_concurrency=CALLS_MAX,
-    concurrency_groups={"admin": 64, "health": 256},
-)(MemoryShard)

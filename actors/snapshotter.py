@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.errors import ShardNotOpen
+from actors.ownership import read_owner
 from storage.errors import SnapshotError, TitanmemError
 from storage.header import write_time
 from storage.objects import Objects, open_objects
@@ -25,6 +26,7 @@ from storage.records import decode_record, encode_record
 from storage.snapshot import PartInfo, commit_manifest, list_snapshots, new_snapshot_id, prune
 from storage.snapshot_erase import erase_marked
 from storage.snapshot_manifest import BEGUN, check_snapshot_id
+from storage.store import open_store
 
 PART_TIMEOUT_S = 3 * 3600.0
 PART_TRIES_MAX = 5
@@ -50,6 +52,8 @@ class SnapshotOptions:
     """Names of the shard actors."""
     namespace: str
     """Ray namespace of the shard actors."""
+    store: str = ""
+    """URL of the store, whose ownership records say which actor is which shard."""
 
 
 class Snapshotter:
@@ -64,7 +68,7 @@ class Snapshotter:
     ) -> None:
         """`shard` finds a shard's handle by name; tests put their own there, and a clock."""
         self._options = options
-        self._shard = shard or (lambda name: ray.get_actor(name, namespace=options.namespace))
+        self._shard = shard or self._find
         self._now = now
         self._sleep = sleep
         self._one = asyncio.Lock()
@@ -146,7 +150,7 @@ class Snapshotter:
     async def _part(self, name: str, snapshot_id: str, url: str, include_model: bool) -> dict[str, Any]:
         for attempt in range(1, PART_TRIES_MAX + 1):
             try:
-                handle = self._shard(name)
+                handle = await asyncio.to_thread(self._shard, name)
                 call = handle.snapshot_part.remote(snapshot_id, url, include_model)
                 return await asyncio.wait_for(_result(call), PART_TIMEOUT_S)
             except (RayActorError, ValueError, ShardNotOpen) as error:
@@ -160,6 +164,10 @@ class Snapshotter:
             log.warning("%s: %s gave no part (%s), try %d", snapshot_id, name, why, attempt)
             await self._sleep(PART_PAUSE_S)
         raise SnapshotError(f"{snapshot_id}: {name} gave no part in {PART_TRIES_MAX} tries: {why}")
+
+    def _find(self, shard: str) -> Any:
+        owner = read_owner(open_store(self._options.store), shard)
+        return ray.get_actor(owner.incarnation if owner else shard, namespace=self._options.namespace)
 
     async def _schedule(self) -> None:
         """Sleeps until a snapshot is due, counted from the newest there is: a restart does not put it off. One that was

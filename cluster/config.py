@@ -86,6 +86,9 @@ class Config:
     consolidate_after_s: float = 20.0
     """Seconds without a request after which what a user's memory has written is consolidated, 0.1 to 86,400; 0 is
     never. Shorter than `idle_flush_s`, so that one stored version holds both."""
+    spares: int = 1
+    """Processes on each node that stand ready to become a shard whose process has died, 0 to 8; each takes the memory
+    of a process without users, and 0 makes a failover some seconds longer."""
     seed: int = 0
     """Seed of sampling where a request brings none, 0 to 2**63 - 1."""
     spec: Mapping[str, object] = field(default_factory=dict)
@@ -158,6 +161,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("ingress_replicas", 1, 64),
     ("persist_tokens", 256, 65536),
     ("idle_flush_s", 0.1, 86_400),
+    ("spares", 0, 8),
     ("replicate_interval_s", 0.1, 3_600),
     ("sync_timeout_s", 0.1, 3_600),
     ("seed", 0, 2**63 - 1),

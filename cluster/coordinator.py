@@ -14,19 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
 from actors.handover import hand_over
 from actors.options import KeeperOptions, ShardOptions
-from actors.ownership import retire
+from actors.ownership import read_owner, retire
 from cluster.config import Config
 from cluster.errors import BadRequest, NotReady
-from cluster.handles import COORDINATOR, NAMESPACE, SNAPSHOTTER, Handle, find
+from cluster.handles import COORDINATOR, FIND_TIMEOUT_S, NAMESPACE, SNAPSHOTTER, Handle, find
 from cluster.mapstore import read_map, record_epoch, settle
+from cluster.processes import Processes, kill, living
 from cluster.shardmap import ShardMap, moved, shard_name
 from cluster.watcher import BACKOFF_MAX_S, Watcher
 from storage.errors import TitanmemError
 from storage.journal import Journal
 from storage.store import MemoryStore, open_store
+
+HEAD = {HEAD_NODE_RESOURCE_NAME: 0.001}
+"""Ray's own mark of the head node: whoever sees to the loss of any other node must not be lost with it."""
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +44,13 @@ class Coordinator:
         self._cluster = cluster
         self._map: ShardMap | None = None
         self._watchers: list[Watcher] = []
+        self._processes = Processes(
+            config.keeper,
+            str(config.model_folder),
+            spares=config.spares,
+            anywhere=config.durability != "local",
+        )
+        self._spares: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
         self._error: TitanmemError | None = None
         self._draining = False
@@ -57,6 +69,7 @@ class Coordinator:
             "state": self._state(),
             "error": self._error.message if self._error else "",
             "map_version": self._map.version if self._map else 0,
+            "spares": self._processes.spares,
             "shards": [w.about() | {"buckets": counts[n]} for n, w in enumerate(self._watchers)],
         }
 
@@ -74,8 +87,14 @@ class Coordinator:
         for name, help_, value in (
             ("titan:bucket_moves_total", "Buckets that went to another shard.", self._moves),
             ("titan:fenced_total", "Shards that another cluster has taken over.", self._fenced()),
+            (
+                "titan:spare_processes",
+                "Processes that stand ready to become a shard.",
+                self._processes.spares,
+            ),
         ):
-            lines += [f"# HELP {name} {help_}", f"# TYPE {name} counter", f"{name} {value}"]
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# HELP {name} {help_}", f"# TYPE {name} {kind}", f"{name} {value}"]
         return ("\n".join(lines) + "\n").encode()
 
     async def scale(self, shards: int) -> dict[str, Any]:
@@ -111,9 +130,10 @@ class Coordinator:
     async def stop(self) -> dict[str, Any]:
         """Stores every memory and ends every shard and the snapshotter; returns the last `status`."""
         await self.begin_drain()
-        for task in (self._task, self._snapshots):
+        for task in (self._task, self._snapshots, self._spares):
             if task is not None:
                 task.cancel()
+        self._processes.end()
         await asyncio.gather(*(watcher.stop() for watcher in self._watchers))
         with contextlib.suppress(TimeoutError):
             snapshotter = await find(SNAPSHOTTER)
@@ -154,8 +174,9 @@ class Coordinator:
     async def _start(self) -> None:
         store = await asyncio.to_thread(open_store, self._config.store)
         before = await asyncio.to_thread(read_map, store)
-        living = await self._living(before)
-        if before is None or not living:
+        found = await asyncio.wait_for(asyncio.to_thread(living), FIND_TIMEOUT_S)
+        adopted = await asyncio.to_thread(self._owners, store, before, found)
+        if before is None or not adopted:
             # Nothing runs: the one moment in which buckets may move and journals may be opened by others.
             after = await asyncio.to_thread(settle, store, self._config.shards)
             self._moves = moved(before, after) if before else 0
@@ -164,13 +185,14 @@ class Coordinator:
             before = after
         self._map = before
         # A coordinator that was started again does not take its shards back from a newer cluster.
-        take_over = not living and not ray.get_runtime_context().was_current_actor_reconstructed
-        for name in living.keys() - set(before.names):
-            ray.kill(living[name], no_restart=True)
+        take_over = not adopted and not ray.get_runtime_context().was_current_actor_reconstructed
+        for handle in set(found.values()) - set(adopted.values()):
+            kill(handle)
         self._watchers = [
             Watcher(
                 name,
                 store=store,
+                processes=self._processes,
                 cluster=self._cluster,
                 take_over=take_over,
                 options=partial(self._shard_options, store, index),
@@ -178,14 +200,23 @@ class Coordinator:
             for index, name in enumerate(before.names)
         ]
         for watcher in self._watchers:
-            watcher.start(living.get(watcher.shard))
+            watcher.start(adopted.get(watcher.shard))
+        self._spares = asyncio.create_task(self._processes.keep(self._calm))
         self._snapshots = asyncio.create_task(self._start_snapshotter(before))
 
-    async def _living(self, before: ShardMap | None) -> dict[str, Handle]:
-        """Shards that an earlier coordinator of this Ray cluster has started, by name."""
-        names = [shard_name(i) for i in range(max(before.shards if before else 0, self._config.shards))]
-        handles = await asyncio.gather(*(find(name) for name in names))
-        return {name: handle for name, handle in zip(names, handles, strict=True) if handle is not None}
+    def _owners(
+        self, store: MemoryStore, before: ShardMap | None, found: dict[str, Handle]
+    ) -> dict[str, Handle]:
+        """Which of the living processes that an earlier coordinator has started is which shard."""
+        owners = {name: read_owner(store, name) for name in (before.names if before else ())}
+        return {
+            shard: found[owner.incarnation]
+            for shard, owner in owners.items()
+            if owner is not None and owner.incarnation in found
+        }
+
+    def _calm(self) -> bool:
+        return all(watcher.state == "ready" for watcher in self._watchers)
 
     def _hand_over(self, current: ShardMap) -> None:
         folder = Path(self._config.journal_dir)
@@ -200,6 +231,7 @@ class Coordinator:
             target=self._config.snapshots,
             interval_s=self._config.snapshot_interval_s,
             shards=tuple(current.names),
+            store=self._config.store,
             namespace=NAMESPACE,
         )
         SnapshotterActor.options(
@@ -249,5 +281,5 @@ def ensure(config: Config) -> Handle:
     """The coordinator of this Ray cluster; started with `config` if there is none yet."""
     cluster = ray.get_runtime_context().get_session_name()
     return CoordinatorActor.options(
-        name=COORDINATOR, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
+        name=COORDINATOR, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, resources=HEAD
     ).remote(config, cluster)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
+from actors.ownership import read_owner
 from cluster.errors import NotReady, ShardUnavailable
 from cluster.handles import Handle, ask
 from cluster.mapstore import read_map
@@ -112,7 +113,9 @@ class Routes:
 
     async def _handle(self, shard: str) -> Handle | None:
         if shard not in self._handles:
-            handle = await self._find(shard)
+            assert self._store is not None, "a shard is looked for when the map has been read"
+            owner = await asyncio.to_thread(read_owner, self._store, shard)
+            handle = None if owner is None else await self._find(owner.incarnation)
             if handle is None:
                 return None
             self._handles[shard] = handle

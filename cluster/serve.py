@@ -18,6 +18,7 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.preflight import CannotServe, check, machine_gpus, remarks
+from cluster.ray_settings import of_server
 from storage.errors import TitanmemError
 
 READY_TIMEOUT_S = 300.0
@@ -27,17 +28,6 @@ DRAIN_S = 90.0
 """Longest time for storing all memories at the end; the journals have what is left."""
 OBJECT_STORE_BYTES = 256 << 20
 """Exports and imports pass through Ray's object store; nothing else is large."""
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_niceness": "0",  # Ray's 15 starves shards and door on a machine that does anything else
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
-    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # Ray's remarks on dead workers; the coordinator logs what matters
-}
-
 RAY_TOKEN = Path("~/.ray/auth_token")
 LOGS = "/tmp/ray/session_latest/logs"
 
@@ -72,7 +62,7 @@ def run(config: Config, say: Say | None = None) -> None:
 def prepare_environment(config: Config) -> None:
     """What Ray's processes inherit. The operator's own settings win."""
     threads = max(1, (os.cpu_count() or 1) // config.shards)
-    for name, value in {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}.items():
+    for name, value in {**of_server(config.ray_address is not None), "OMP_NUM_THREADS": str(threads)}.items():
         os.environ.setdefault(name, value)
     tokens = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     if config.ray_address and (any(map(os.environ.get, tokens)) or RAY_TOKEN.expanduser().exists()):

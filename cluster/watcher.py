@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
 from actors.options import ShardOptions
 from actors.ownership import announce, claim, read_owner
-from actors.shard import ShardActor
-from cluster.handles import NAMESPACE, Handle, ask, unwrap
+from cluster.handles import Handle, ask, unwrap
+from cluster.processes import Processes, kill
 from storage.errors import Fenced, TitanmemError
 from storage.store import MemoryStore
 
-PING_INTERVAL_S = 1.0
-PING_TIMEOUT_S = 5.0
+PING_INTERVAL_S = 0.5
+PING_TIMEOUT_S = 1.0
 PING_MISSES_MAX = 3
-"""A shard on a loaded machine may be slow to answer; the end of a process is noticed at once anyhow."""
+"""A process that does not answer for three seconds is frozen: a busy one answers from a thread that has nothing else to
+do. More than one miss, so that a coordinator that was frozen itself asks again when it wakes. The end of a process is
+noticed at once anyhow."""
+ADOPT_TIMEOUT_S = 5.0
 OPEN_TIMEOUT_S = 300.0
 CLOSE_TIMEOUT_S = 60.0
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.2, 15.0
-NAME_FREE_TIMEOUT_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +42,7 @@ class Watcher:
         shard: str,
         *,
         store: MemoryStore,
+        processes: Processes,
         cluster: str,
         take_over: bool,
         options: Callable[[int], Awaitable[ShardOptions]],
@@ -60,6 +60,7 @@ class Watcher:
         """Done when the first start has ended: None, or what kept it from serving."""
         self._handle: Handle = None
         self._store = store
+        self._processes = processes
         self._cluster = cluster
         self._take_over = take_over
         self._options = options
@@ -138,11 +139,11 @@ class Watcher:
         """True if the living actor is the rightful owner and open; else it is ended."""
         self._handle = living
         try:
-            about = await ask(living.ping.remote(), PING_TIMEOUT_S)
+            about = await ask(living.ping.remote(), ADOPT_TIMEOUT_S)
             owner = await asyncio.to_thread(read_owner, self._store, self.shard)
             if (
                 owner is not None
-                and owner.epoch == about["epoch"]
+                and owner.epoch == about.get("epoch")
                 and about["state"] in ("ready", "draining")
             ):
                 self.starts = 1
@@ -155,32 +156,21 @@ class Watcher:
 
     async def _open(self) -> None:
         take_over = self._take_over and not self.first.done()
+        process = await self._processes.take(self.node)
+        self._handle = process.handle
         owner = await asyncio.to_thread(
             claim,
             self._store,
             self.shard,
             cluster=self._cluster,
-            incarnation=uuid.uuid4().hex,
+            incarnation=process.name,
             take_over=take_over,
         )
         options = await self._options(owner.epoch)
         self.epoch, self.starts = owner.epoch, self.starts + 1
-        self._handle = await self._create(options)
-        self._learn(await ask(self._handle.open.remote(), OPEN_TIMEOUT_S))
+        self._learn(await ask(self._handle.become.remote(options), OPEN_TIMEOUT_S))
         actor = self._handle._actor_id.hex()
         await asyncio.to_thread(announce, self._store, owner, actor=actor, node=self.node)
-
-    async def _create(self, options: ShardOptions) -> Handle:
-        """A new actor; the name of one that has just died takes a moment to be free."""
-        deadline = time.monotonic() + NAME_FREE_TIMEOUT_S
-        placed = ShardActor.options(name=self.shard, namespace=NAMESPACE, lifetime="detached")
-        while True:
-            try:
-                return placed.remote(options)
-            except ValueError:
-                if time.monotonic() >= deadline:
-                    raise
-                await asyncio.sleep(0.05)
 
     async def _until_dead(self) -> str:
         """Why the shard has ended. The end of its process is noticed by the call that never returns; a frozen
@@ -189,7 +179,7 @@ class Watcher:
         ended = asyncio.ensure_future(_ended(self._handle))
         try:
             while True:
-                done, _ = await asyncio.wait({ended}, timeout=PING_INTERVAL_S)
+                done, _ = await asyncio.wait({ended}, timeout=0.0 if misses else PING_INTERVAL_S)
                 if done:
                     return ended.result()
                 try:
@@ -214,7 +204,7 @@ class Watcher:
 
     def _kill(self) -> None:
         if self._handle is not None:
-            ray.kill(self._handle, no_restart=True)
+            kill(self._handle)
             self._handle = None
 
 

@@ -13,6 +13,7 @@ import ray
 import yaml
 
 from cluster.config import Config, load
+from cluster.ray_settings import CLUSTER, EVERYWHERE, of_server
 from storage.journal import JOURNAL_BYTES_MAX
 from tests.k8s import cli
 from tests.k8s.render import K8S, KUSTOMIZATIONS, REPO, Manifest, containers, pod_templates, render
@@ -289,6 +290,14 @@ def test_start_parameters_are_options_of_ray_start(manifests: list[Manifest]) ->
     assert "num-gpu" not in options
 
 
+def test_the_only_node_of_a_machine_is_not_given_up_in_seconds() -> None:
+    alone = of_server(joined=False)
+    assert (
+        int(alone["RAY_health_check_failure_threshold"]) * int(alone["RAY_health_check_timeout_ms"]) >= 60_000
+    )
+    assert of_server(joined=True).items() >= CLUSTER.items()
+
+
 def test_a_frozen_node_is_noticed_in_seconds(manifests: list[Manifest]) -> None:
     core = Path(ray.__file__).parent / "core" / "src" / "ray" / "gcs" / "gcs_server"
     known = core.read_bytes()
@@ -299,6 +308,7 @@ def test_a_frozen_node_is_noticed_in_seconds(manifests: list[Manifest]) -> None:
             assert re.search(rb"\0" + name.encode() + rb"\0", known), f"Ray {ray.__version__} knows no {name}"
         period, timeout = env["RAY_health_check_period_ms"], env["RAY_health_check_timeout_ms"]
         attempts = int(env["RAY_health_check_failure_threshold"])
+        assert env.items() >= {**EVERYWHERE, **CLUSTER}.items(), "cluster/ray_settings.py says the same"
         assert attempts * (int(period) + int(timeout)) / 1000 <= FROZEN_NODE_S_MAX
         assert attempts > 1, "one lost packet would take a node away"
     assert not re.search(rb"\0RAY_health_check_period_s\0", known)
