@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600, method="signal")]
 USERS = tuple(f"u{n}" for n in range(4))
 TOLD = {user: FACTS[n :: len(USERS)] for n, user in enumerate(USERS)}
 AWAY_S, LOAD_S = 6.0, 2.0
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "TITANMEM_IDLE_FLUSH_S": "1",
     "TITANMEM_PERSIST_TOKENS": "256",
     "TITANMEM_CONSOLIDATE_AFTER_S": "0",
