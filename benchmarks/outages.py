@@ -66,7 +66,7 @@ def main() -> int:
 def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The figures, and in `faults` what was promised and not kept."""
     rng, users = random.Random(options.seed), [f"u{number}" for number in range(options.users)]
-    env = {
+    env: dict[str, Any] = {
         "TITANMEM_IDLE_FLUSH_S": "1",
         "TITANMEM_PERSIST_TOKENS": "256",
         "TITANMEM_DURABILITY": options.durability,

@@ -17,6 +17,7 @@ import httpx
 import openai
 import pytest
 
+from actors.handover import wait_until_free
 from actors.options import journal_path
 from storage.journal import Journal
 from storage.names import UserKey
@@ -32,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600, method="signal")]
 USERS = tuple(f"u{n}" for n in range(4))
 TOLD = {user: FACTS[n :: len(USERS)] for n, user in enumerate(USERS)}
 AWAY_S, LOAD_S = 6.0, 2.0
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "TITANMEM_IDLE_FLUSH_S": "1",
     "TITANMEM_PERSIST_TOKENS": "256",
     "TITANMEM_CONSOLIDATE_AFTER_S": "0",
@@ -131,7 +132,9 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_there_twice(outage: Outage)
 
 
 def test_the_journal_is_trimmed_when_the_store_is_back(outage: Outage) -> None:
-    journal = Journal(journal_path(outage.journals, "shard-0"))
+    path = journal_path(outage.journals, "shard-0")
+    wait_until_free(path)  # a process that was killed takes a moment to be gone
+    journal = Journal(path)
     try:
         assert [len(journal.pending(UserKey("local", user))) for user in USERS] == [1] * len(USERS)
     finally:
