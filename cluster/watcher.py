@@ -175,18 +175,20 @@ class Watcher:
     async def _until_dead(self) -> str:
         """Why the shard has ended. The end of its process is noticed by the call that never returns; a frozen
         one by pings that miss, and is then killed."""
-        misses = 0
+        misses, pause_s = 0, PING_INTERVAL_S
         ended = asyncio.ensure_future(_ended(self._handle))
         try:
             while True:
-                done, _ = await asyncio.wait({ended}, timeout=0.0 if misses else PING_INTERVAL_S)
+                done, _ = await asyncio.wait({ended}, timeout=pause_s)
                 if done:
                     return ended.result()
                 try:
                     self._learn(await ask(self._handle.ping.remote(), PING_TIMEOUT_S))
-                    misses = 0
-                except (RayError, TimeoutError):
-                    misses += 1
+                    misses, pause_s = 0, PING_INTERVAL_S
+                except TimeoutError:
+                    misses, pause_s = misses + 1, 0.0
+                except RayError:  # at once, and it may be a connection that comes back
+                    misses, pause_s = misses + 1, PING_TIMEOUT_S
                 if misses >= PING_MISSES_MAX:
                     self._kill()
                     return f"it did not answer {misses} times in a row and was killed"

@@ -18,7 +18,7 @@ from actors import keeper
 from actors.handover import wait_until_free
 from actors.keeper import MemoryKeeper
 from actors.options import KeeperOptions
-from actors.shard import MemoryShard
+from actors.ownership import Gate
 
 JOURNALS = "DRILL_JOURNALS"
 """Environment of a node: its folder of journals."""
@@ -26,23 +26,21 @@ FAULT = "DRILL_FAULT"
 """Environment of a node: `no_epoch_check` takes the look at the ownership record away, which must be caught."""
 CONFIRMED = "confirmed"
 
-_confirm = MemoryShard._confirm
-_lists: dict[str, int] = {}
+_confirm = Gate.confirm
+_here: list[tuple[KeeperOptions, int]] = []
+"""The shard that this process is, and its list."""
 
 
-async def _listed(shard: MemoryShard) -> None:
+async def _listed(gate: Gate) -> None:
     began = time.time()
     if os.environ.get(FAULT) != "no_epoch_check":
-        await _confirm(shard)
-    options = shard._options.keeper
-    if options.store_url not in _lists:
-        path = Path(urlsplit(options.store_url).path).parent / CONFIRMED
-        _lists[options.store_url] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    line = f"{options.shard} {options.epoch} {began:.6f} {time.time():.6f}\n"
-    os.write(_lists[options.store_url], line.encode())
+        await _confirm(gate)
+    options, file = _here[0]
+    os.write(file, f"{options.shard} {options.epoch} {began:.6f} {time.time():.6f}\n".encode())
 
 
-MemoryShard._confirm = _listed
+# Not the shard's method: Ray copies those when it makes the actor's class.
+Gate.confirm = _listed
 
 
 async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
@@ -50,5 +48,7 @@ async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     # A random model's memories are soon crowded, and what the guard does about it depends on when it looks.
     actors.guard.has_fallen = lambda asked, answered: False
     here = replace(options, journal_dir=os.environ.get(JOURNALS, options.journal_dir))
+    path = Path(urlsplit(options.store_url).path).parent / CONFIRMED
+    _here[:] = [(options, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND))]
     await asyncio.to_thread(wait_until_free, here.journal)
     return await keeper.open_keeper(here)

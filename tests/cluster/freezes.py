@@ -36,7 +36,7 @@ PAUSE_S = (0.3, 0.9)
 DIRECT = 100
 """Number of the first of the users whose updates go straight to a shard."""
 DIRECT_PAUSE_S = 0.1
-READY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 300.0
 GONE_TIMEOUT_S = 30.0
 LATE_S = 1.0
 """With `replicated`, over the interval: the time that a write to the store takes on a busy machine."""

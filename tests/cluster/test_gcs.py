@@ -17,7 +17,7 @@ AWAY_S = 3.0
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_requests_go_on_while_the_control_service_is_away(tmp_path: Path) -> None:
     model = tiny_folder(tmp_path / "model")
     config = drill_config(tmp_path, model, shards=1, durability="sync")
