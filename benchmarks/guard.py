@@ -1,11 +1,12 @@
 """How often the guard takes an undisturbed memory back (never, is the aim), and how soon it notices a damaged one.
 
-    python benchmarks/guard.py [--facts 2000] [--together 1] [--pieces 24] [--seeds 3] [--seed 0] [--out FILE]
+    python benchmarks/guard.py [--facts 2000] [--together 1] [--rest-every 50] [--pieces 24] [--seeds 3]
+        [--seed 0] [--out FILE]
 
 One user of the real keeper on the shipped model is told facts (benchmarks/needles/heldout.jsonl), so many together in a
 turn, and then reads a book that it never saw, in pieces of 4,096 tokens. A version is stored as in serving, after
-every 4,096 tokens, and every 50 facts or pieces the user rests: stored, consolidated, stored. Each time the guard has
-judged.
+every 4,096 tokens, and after so many facts or pieces the user rests: stored, consolidated, stored. Each time the
+guard has judged.
 
 Then the memory, as it is, goes to users who are damaged in RAM, each in one way, and are told more facts, one an
 update, stored after each: after how many is the damage noticed, and is the memory then bit for bit what an undamaged
@@ -49,7 +50,6 @@ from storage.segment import SEGMENT_TOKENS_MAX  # noqa: E402
 from titanmem.tokenizer import ChatTokenizer  # noqa: E402
 
 TELLER = UserKey("bench", "teller")
-REST_EVERY = 50
 UPDATES = 3
 """Told to a damaged memory at most."""
 
@@ -114,7 +114,12 @@ async def rest(keeper: MemoryKeeper, tally: dict[str, Any]) -> None:
 
 
 async def undisturbed(
-    keeper: MemoryKeeper, tokenizer: ChatTokenizer, facts: list[str], together: int, book: np.ndarray
+    keeper: MemoryKeeper,
+    tokenizer: ChatTokenizer,
+    facts: list[str],
+    together: int,
+    rest_every: int,
+    book: np.ndarray,
 ) -> dict[str, Any]:
     """A long life without any damage."""
     tally: dict[str, Any] = {
@@ -129,7 +134,7 @@ async def undisturbed(
         await said_to(
             keeper, tokenizer, TELLER, "\n".join(facts[number - together : number]), "read_write", 1
         )
-        if number // REST_EVERY > (number - together) // REST_EVERY:
+        if number // rest_every > (number - together) // rest_every:
             await rest(keeper, tally)
             print(
                 f"{number} facts, {time.perf_counter() - started:.0f} s: {tally}", file=sys.stderr, flush=True
@@ -137,7 +142,7 @@ async def undisturbed(
     pieces = range(0, len(book), SEGMENT_TOKENS_MAX)
     for number, place in enumerate(pieces, 1):
         await tell(keeper, TELLER, book[place : place + SEGMENT_TOKENS_MAX], f"book{place}")
-        if number % REST_EVERY == 0 or number == len(pieces):
+        if number % rest_every == 0 or number == len(pieces):
             await rest(keeper, tally)
     about = await keeper.describe(TELLER)
     return {
@@ -185,7 +190,9 @@ async def damaged(
     return 0, False, recall
 
 
-async def run(facts: list[str], told: int, together: int, pieces: int, seeds: int) -> dict[str, Any]:
+async def run(
+    facts: list[str], told: int, together: int, rest_every: int, pieces: int, seeds: int
+) -> dict[str, Any]:
     tokenizer = ChatTokenizer(Config().model_folder)
     text = lzma.decompress((ROOT / "examples" / "decline-and-fall.txt.xz").read_bytes()).decode("utf-8")
     book = tokenizer.encode(text[: 8 * SEGMENT_TOKENS_MAX * pieces])[: SEGMENT_TOKENS_MAX * pieces]
@@ -195,7 +202,7 @@ async def run(facts: list[str], told: int, together: int, pieces: int, seeds: in
             shard="shard-0", epoch=1, slots=2, idle_flush_s=3600.0, consolidate_after_s=0.001,
         ))  # fmt: skip
         keeper.consolidator.idle_s = 3600.0  # it consolidates, and when is said here
-        life = await undisturbed(keeper, tokenizer, facts[:told], together, book)
+        life = await undisturbed(keeper, tokenizer, facts[:told], together, rest_every, book)
         print(json.dumps(life), file=sys.stderr, flush=True)
         file = await keeper.export(TELLER)
         more = [tokenizer.encode(f"\n{fact}\n") for fact in facts[told : told + UPDATES]]
@@ -223,6 +230,7 @@ def main() -> int:
     )
     parser.add_argument("--facts", type=int, default=2000)
     parser.add_argument("--together", type=int, default=1, help="facts a turn")
+    parser.add_argument("--rest-every", type=int, default=50, help="facts or pieces between two rests")
     parser.add_argument("--pieces", type=int, default=24, help="pieces of the book, 4,096 tokens each")
     parser.add_argument("--seeds", type=int, default=3, help="trials of each kind of damage")
     parser.add_argument("--seed", type=int, default=0)
@@ -232,7 +240,7 @@ def main() -> int:
     facts = [json.loads(line)["fact"] for line in needles]
     random.Random(options.seed).shuffle(facts)
     told = min(options.facts, len(facts) - UPDATES)
-    found = asyncio.run(run(facts, told, options.together, options.pieces, options.seeds))
+    found = asyncio.run(run(facts, told, options.together, options.rest_every, options.pieces, options.seeds))
     document = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": hardware(),
