@@ -5,7 +5,7 @@
     3. versions and segments, half-written files, what the store keeps of what was replaced; the tombstone is settled
     4. the mark at the backups, so that a restore into a store that never saw the tombstone honours it, too
 
-Cut after 1, whoever meets the tombstone next does 2 and 3: the user who comes back (`Roster._activate`), or the same
+Cut after 1, whoever meets the tombstone next does 2 and 3: the user who comes back (`arrival.come_in`), or the same
 request. Cut before 4, the next backup makes the mark (`storage.snapshot_marks.copy_marks`).
 """
 

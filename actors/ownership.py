@@ -172,7 +172,6 @@ class Gate:
         self._running: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
         self._confirmed_at_s = clock()
-        self._away = False
         self.unconfirmed = 0
         self.reads = 0
 
@@ -185,16 +184,9 @@ class Gate:
         """Returns when the caller may acknowledge; raises `Fenced`, and `StoreUnavailable` beyond the grace."""
         try:
             await self._shared_read()
-        except StoreUnavailable as error:
+        except StoreUnavailable:  # the store's health has said it in the log
             since_s = self._clock() - self._confirmed_at_s
-            allowed = since_s < self._grace.seconds and self._grace.held()
-            if not self._away:
-                self._away = True
-                log.error(
-                    "whose shard this is cannot be read; answers that write %s: %s",
-                    "go out unconfirmed" if allowed else "end with this error", error,
-                )  # fmt: skip
-            if not allowed:
+            if since_s >= self._grace.seconds or not self._grace.held():
                 raise
             self.unconfirmed += 1
 
@@ -224,4 +216,4 @@ class Gate:
         self.reads += 1
         began_at_s = self._clock()
         await asyncio.to_thread(self._read)
-        self._confirmed_at_s, self._away = began_at_s, False
+        self._confirmed_at_s = began_at_s

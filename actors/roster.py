@@ -17,14 +17,15 @@ from contextlib import asynccontextmanager
 import numpy as np
 import torch
 
+from actors.arrival import come_in
 from actors.errors import MemoryDamaged, QueueFull
 from actors.figures import Figures
 from actors.guard import Action
 from actors.replicator import Replicator
-from actors.seen import document_id, remember, update_hash, void_updates
+from actors.seen import document_id, remember, update_hash
 from actors.slab import Resident, Slab
 from actors.unbroken import unbroken
-from actors.vault import Found, Vault, erase_rest
+from actors.vault import Found, Vault
 from actors.watch import Finding, Watch
 from actors.writer import SlotWriter
 from storage.errors import Fenced, JournalError, StoreError, StoreUnavailable, TitanmemError
@@ -109,48 +110,14 @@ class Roster:
     async def _activate(self, key: UserKey) -> Resident:
         """Newest valid version into a slot, then what the journal or the store's copy of it holds beyond it."""
         # Before room is made: while the store is away nobody can come in, and nobody is to go for it.
-        found: Found = await self._in_store_pool(self.vault.newest, key)
+        found: Found = await self.in_store_pool(self.vault.newest, key)
         async with self._placing:
             if not self.slab.has_room():
                 await self._evict_one()
             resident = self.slab.place(key)
             resident.users, resident.used_at_s = 1, self._clock()
         try:
-            if found.erasing:
-                await self._in_store_pool(erase_rest, self.journal, self.vault, key)
-                found = Found()
-            if found.memory is not None:
-                self.vault.restore(found.memory, resident, self.slab)
-                await self.in_fold_pool(self.watch.mark, resident)
-                if void := void_updates(found.memory, resident, self.journal.pending(key)):
-                    logger.warning("%s: %d segments of before another owner are void", key, len(void))
-                    await asyncio.wrap_future(self.journal.disown(key, void))
-            await self.replicator.bring_back(
-                key, after_chunk_id=resident.last_chunk_id, epoch=found.memory.epoch if found.memory else 0
-            )
-            pending = self.journal.pending(key, resident.last_chunk_id)
-            # Without segments beyond the version there is nothing that it does not know, and what a journal still has
-            # of an earlier time would push newer hashes out.
-            remember(resident, self.journal.seen(key) if pending else ())
-            if found.problem is not None and (not pending or pending[0].first_chunk_id > 1):
-                raise found.problem
-            resident.claimed = found.listed_version > 0
-            if pending:
-                await self._begin(resident)
-            for segment in pending:
-                self.watch.report_gap(resident, segment.first_chunk_id - 1)
-                resident.journaled_chunk_id = segment.last_chunk_id
-                remember(resident, [update_hash(segment.update_id)])
-                await self.fold(resident, segment)
-            self.watch.report_gap(resident, found.listed_chunk_id)
-            resident.last_chunk_id = resident.journaled_chunk_id = max(
-                resident.last_chunk_id, found.listed_chunk_id
-            )
-            listed = found.listed_version
-            # A damaged newest version keeps its number: what was rebuilt beside it becomes a newer one.
-            resident.memory_version = max(
-                resident.memory_version, listed + 1 if resident.stored_version < listed else 0
-            )
+            await come_in(self, resident, found)
         except BaseException:
             resident.users -= 1
             if self.slab.peek(key) is resident:  # not if a fold has failed
@@ -217,7 +184,7 @@ class Roster:
         The first one of a user without versions waits for the store (`Vault.begin`).
         """
         try:
-            await self._begin(resident)
+            await self.begin(resident)
         except StoreError:
             self.drop(resident)
             raise
@@ -229,11 +196,12 @@ class Roster:
         resident.journaled_chunk_id = segment.last_chunk_id
         return True
 
-    async def _begin(self, resident: Resident) -> None:
+    async def begin(self, resident: Resident) -> None:
+        """What the user is told from here on is ours to store. Raises `Fenced` and what the store says."""
         if resident.claimed:
             return
         try:
-            await self._in_store_pool(self.vault.begin, resident.key)
+            await self.in_store_pool(self.vault.begin, resident.key)
         except Fenced as error:
             self.fenced = error
             raise
@@ -328,7 +296,7 @@ class Roster:
                 logger.warning("%s: the journal keeps what is stored, for now: %s", resident.key, error)
         if not resident.swept:
             resident.swept = True
-            await self._in_store_pool(self.vault.sweep, resident.key)
+            await self.in_store_pool(self.vault.sweep, resident.key)
         return True
 
     async def check(self, resident: Resident, *, resting: bool = False) -> Finding | None:
@@ -363,7 +331,7 @@ class Roster:
         started = time.perf_counter()
         try:
             with continued({}, "store", titan__memory_version=version):
-                stored = await self._in_store_pool(put)
+                stored = await self.in_store_pool(put)
         except StoreError as error:
             self._figures.store_errors.add("put")
             if isinstance(error, Fenced):
@@ -404,5 +372,5 @@ class Roster:
         """One thread does all arithmetic of updates, in the order in which it is asked for."""
         return await asyncio.get_running_loop().run_in_executor(self._fold_pool, work, *arguments)
 
-    async def _in_store_pool(self, work, *arguments):
+    async def in_store_pool(self, work, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self._store_pool, work, *arguments)

@@ -114,6 +114,10 @@ class Watched:
         with self._noting("write"):
             self._objects.delete(name)
 
+    def sweep(self, prefix: str = "", *, older_than_s: float, replaced: bool = False) -> list[str]:
+        with self._noting("write"):
+            return self._objects.sweep(prefix, older_than_s=older_than_s, replaced=replaced)
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         with self._noting("read"):
             yield from self._objects.list(prefix)

@@ -265,10 +265,11 @@ class LocalObjects:
     def _check_root(self) -> None:
         """Raises StoreUnavailable if `root` is not the folder that it was: an unmounted disk is no empty store, and
         what is written below its mount point is lost to sight when it comes back."""
+        known = self._folder  # before the look: another thread may make the folder in between
         try:
             found = self.root.stat()
         except FileNotFoundError:
-            if self._folder is not None:
+            if known is not None:
                 raise StoreUnavailable(
                     f"{self.url}: the folder was here and is gone. Mount its disk again, or restart on another store."
                 ) from None

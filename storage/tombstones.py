@@ -73,7 +73,8 @@ class Tombstones:
             return
         record = {
             "tenant": key.tenant, "user": key.user, "forgotten_at": write_time(forgotten_at),
-            "epoch": max(epoch, found[0]["epoch"] if found else 0), "cleared": True, "erasing": False,
+            "epoch": max(epoch, found[0]["epoch"] if found else 0), "erased_under": epoch,
+            "cleared": True, "erasing": False,
         }  # fmt: skip
         tag = found[1] if found else None
         self._records.write_record(_name(key), record, if_tag=tag, if_absent=found is None)

@@ -48,9 +48,6 @@ class Ledger:
     """What the store had of each user when a cluster with a disk of its own took over; None if none did."""
     lost_disk: str = ""
     """The cluster that was taken over from: what only its disk had is not promised."""
-    headless: set[str] = field(default_factory=set)
-    """Users without any version then: no HEAD carries the new epoch, and the old cluster's first version may still
-    come in and hide what the new one's disk has. A known limit of a take-over with another disk."""
     breaches: list[str] = field(default_factory=list)
     unconfirmed: int = 0
     _epochs: dict[str, int] = field(default_factory=dict)
@@ -87,6 +84,8 @@ class Ledger:
         if new.epoch < old.epoch:
             self.breach(f"{name}: its epoch went back from {old.epoch} to {new.epoch}")
         was, newest = old.newest, new.newest
+        if newest is None and was is None and new.begun:
+            return
         if newest is None or (was is not None and newest.file != was.file and newest.version <= was.version):
             self.breach(f"{name}: its version went back from {was} to {newest}")
             return
@@ -148,8 +147,6 @@ class Ledger:
             self.breach(f"{user}: {', '.join(twice)} is in the memory more than once")
         for update in set(final) - self.sent.get(user, set()):
             self.breach(f"{user}: nobody sent {update}")
-        if user in self.headless:
-            return
         promised = [
             update
             for update, cluster in self.acked.get(user, [])

@@ -270,8 +270,6 @@ class Life:
         claimed = name.startswith("cluster/owners/") and after is not None and b'"cluster": "b"' in after
         if claimed and self.ledger.saved is None:
             self.ledger.saved = {key.user: self.ledger.newest(key) for key in USERS}
-            if self.durability != "sync":
-                self.ledger.headless = {user for user, updates in self.ledger.saved.items() if not updates}
 
     # -- the end ---------------------------------------------------------------------------------------------
 
