@@ -54,8 +54,10 @@ class Health:
             return
         with self._lock:
             now = self._clock()
-            others = [(other, at_s) for other, at_s in self._failed_at_s.items() if other != kind]
-            self._failed_at_s = {other: at_s for other, at_s in others if now - at_s <= STALE_S}
+            self._failed_at_s.pop(kind, None)
+            for other, at_s in list(self._failed_at_s.items()):
+                if now - at_s > STALE_S:
+                    del self._failed_at_s[other]
             if not self.problem or self._failed_at_s or now - self._last_s < QUIET_S:
                 return
             self.problem, lasted_s = "", now - self._since_s

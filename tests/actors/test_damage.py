@@ -144,8 +144,8 @@ async def test_a_write_of_unknown_outcome_is_not_tried_for_ever(options, monkeyp
     async with opened(options) as keeper:
         await keeper.ingest(piece(ALICE, 1))
         await keeper.ingest(piece(BOB, 1))
-        objects = keeper.roster.vault.store.objects
-        swap = objects._swap_in  # type: ignore[attr-defined]
+        objects = keeper.roster.vault.store.objects._objects  # type: ignore[attr-defined]
+        swap = objects._swap_in
 
         def lands_and_fails(temporary: Path, path: Path) -> None:
             swap(temporary, path)

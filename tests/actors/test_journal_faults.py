@@ -148,7 +148,7 @@ def no_flush(keeper: MemoryKeeper) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("step", ["write", "fsync"])
-@pytest.mark.parametrize("asked", ["chat", "ingest", "forget"])
+@pytest.mark.parametrize("asked", ["chat", "ingest"])
 async def test_a_journal_whose_disk_fails_ends_its_shard_and_loses_nothing(
     options: KeeperOptions, model: Path, step: str, asked: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,7 +160,6 @@ async def test_a_journal_whose_disk_fails_ends_its_shard_and_loses_nothing(
         asks: dict[str, Callable[[], Any]] = {
             "chat": lambda: life.chat(chat(model, ALICE, SAID)),
             "ingest": lambda: shard.ingest(piece(ALICE, 2), epoch),
-            "forget": lambda: shard.forget(ALICE, epoch),
         }
         with no_more_bytes() if step == "write" else no_flush(life.keeper), pytest.raises(JournalFailed):
             await asks[asked]()
@@ -171,3 +170,17 @@ async def test_a_journal_whose_disk_fails_ends_its_shard_and_loses_nothing(
     async with living(options) as again:
         assert same(await state(again.keeper, ALICE), told)
         assert not (await again.shard.ingest(piece(ALICE, 2), again.epoch)).duplicate
+
+
+async def test_an_erasure_in_which_the_journals_disk_fails_comes_to_its_end_later(
+    options: KeeperOptions,
+) -> None:
+    async with living(options) as life:
+        await life.shard.ingest(piece(ALICE, 1), life.epoch)
+        with no_flush(life.keeper), pytest.raises(JournalFailed):
+            await life.shard.forget(ALICE, life.epoch)
+        assert (await life.shard.ping())["state"] == "stopped"
+        await until(lambda: life.left)
+    async with living(options) as again:
+        assert not (await again.shard.ingest(piece(ALICE, 1), again.epoch)).duplicate
+        assert (await again.shard.describe(ALICE, again.epoch))["tokens_seen"] == len(piece(ALICE, 1).tokens)

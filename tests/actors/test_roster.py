@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.options import KeeperOptions
+from actors.replicator import Replicator
 from actors.roster import Roster
 from actors.slab import Resident
 from actors.vault import Vault
@@ -20,7 +22,7 @@ from storage.journal import Journal
 from storage.names import UserKey
 from storage.objects import Objects, open_objects
 from storage.store import MemoryStore
-from tests.simulator.chain import LAYOUT, SPEC, ChainSlab, ChainWriter, NoReplicas, Null, history
+from tests.simulator.chain import LAYOUT, SPEC, ChainSlab, ChainWriter, Null, history
 
 ALICE = UserKey("local", "alice")
 
@@ -53,11 +55,15 @@ class Unsure:
 
 @asynccontextmanager
 async def opened(store: MemoryStore, journal: Path, epoch: int) -> AsyncIterator[Roster]:
-    slab, figures = ChainSlab(2), Null()
+    slab, figures, written = ChainSlab(2), Null(), Journal(journal)
+    options = KeeperOptions(
+        model="", store_url="", journal_dir=str(journal.parent), shard="shard-0", epoch=epoch
+    )  # fmt: skip
+    replicator = Replicator(written, store.segments, options, figures)  # type: ignore[arg-type]
     roster = Roster(
-        slab=slab, vault=Vault(store, LAYOUT, epoch, on_damage=pytest.fail), journal=Journal(journal),
+        slab=slab, vault=Vault(store, LAYOUT, epoch, on_damage=pytest.fail), journal=written,
         encoder=SimpleNamespace(spec=SPEC, values_VD=None), figures=figures, persist_tokens=10**6,  # type: ignore[arg-type]
-        replicator=NoReplicas(),  # type: ignore[arg-type]
+        replicator=replicator,
     )  # fmt: skip
     roster.watch = Null()  # type: ignore[assignment]
     roster.writer = ChainWriter(slab)  # type: ignore[assignment]

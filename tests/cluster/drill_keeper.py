@@ -40,7 +40,7 @@ async def _listed(gate: Gate) -> None:
 
 
 # Not the shard's method: Ray copies those when it makes the actor's class.
-Gate.confirm = _listed
+Gate.confirm = _listed  # type: ignore[method-assign]
 
 
 async def open_keeper(options: KeeperOptions) -> MemoryKeeper:

@@ -6,6 +6,7 @@ live there. Every node has a folder of its own for journals, as nodes with disks
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -41,7 +42,7 @@ class Nodes:
 
     @property
     def address(self) -> str:
-        return self._cluster.address
+        return str(self._cluster.address)
 
     @property
     def count(self) -> int:
@@ -108,7 +109,7 @@ class Nodes:
 
     def restart_gcs(self, pause_s: float) -> None:
         """SIGKILL to Ray's control service; it is started again after a pause."""
-        head = self._cluster.head_node
+        head: Any = self._cluster.head_node
         head.kill_gcs_server()
         time.sleep(pause_s)
         head.start_gcs_server()
@@ -117,7 +118,7 @@ class Nodes:
         for number, node in enumerate(self._nodes):
             if node is not None:
                 self.end(number)
-        head = self._cluster.head_node
+        head: Any = self._cluster.head_node
         self._cluster.shutdown()
         _reap(head)
         shutil.rmtree(self._ray_folder, ignore_errors=True)
@@ -146,7 +147,9 @@ def nodes(config: Config, folder: Path, count: int, *, fault: str = "", **env: s
         found = Nodes(cluster, folder, ray_folder, fault)
         for _ in range(count):
             found.add()
-        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+        )
         yield found
     finally:
         ray.shutdown()
