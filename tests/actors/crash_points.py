@@ -163,7 +163,7 @@ class Killer:
         put_in_place(sqlite3, connect=functools.partial(sqlite3.connect, factory=Tapped))
         self._wrap(JournalWriter, "_apply", after="journal.answered", when=lambda *_: not self.handing_over)
         self._wrap(Journal, "adopt", before="handover.before_outcome")
-        self._wrap(Journal, "release", before="handover.before_forget", after="handover.forgotten")
+        self._wrap(Journal, "forget", before="handover.before_forget", after="handover.forgotten")
         self._wrap(Journal, "trim", before="store.before_trim")
 
     # -- updates, activation, stored versions -----------------------------------------------------------------

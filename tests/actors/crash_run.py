@@ -224,6 +224,15 @@ class Run:
             tokens = sum(len(piece(self.seed, user, n).tokens) for n in range(1, count + 1))
             if end["bits"][user] != wanted[user][count - 1] or found["tokens_seen"] != tokens:
                 unequal.append(user)
+        if doubled:
+            counts = {
+                str(key_of(user)): (count, end["about"][user]["memory_version"])
+                for user, count in enumerate(self._acknowledged)
+                if end["about"][user]["memory_version"] > count
+            }
+            raise Faulty(
+                f"seed {self.seed}: {doubled} updates were written twice; pieces and versions: {counts}"
+            )
         store = open_store(f"file://{self.folder / 'store'}")
         versions, wrong = self._stored(store, wanted)
         snapshots, rows, wrong_rows = self._snapshots(wanted)
