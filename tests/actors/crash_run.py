@@ -123,7 +123,8 @@ class Run:
         left = max(0, self.updates - sum(self._acknowledged))
         # Half of what a life may do is done on average before it is killed.
         share = max(USERS, 2 * left // max(1, self.kills - self.killed.total()))
-        last = max(-(-self.updates // USERS), *self._acknowledged)
+        # In the last life those too that were in flight when their process was killed: some of them are written.
+        last = max(-(-self.updates // USERS), *(max(known, default=0) for known in self._submitted))
         until = [last if not point else done + -(-share // USERS) for done in self._acknowledged]
         kind = point.partition(".")[0]
         snapshots = kind in ("snapshot", "note", "manifest", "prune", "")
