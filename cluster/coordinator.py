@@ -174,7 +174,8 @@ class Coordinator:
     async def _start(self) -> None:
         store = await asyncio.to_thread(open_store, self._config.store)
         before = await asyncio.to_thread(read_map, store)
-        found = await asyncio.wait_for(asyncio.to_thread(living), FIND_TIMEOUT_S)
+        async with asyncio.timeout(FIND_TIMEOUT_S):
+            found = await asyncio.to_thread(living)
         adopted = await asyncio.to_thread(self._owners, store, before, found)
         if before is None or not adopted:
             # Nothing runs: the one moment in which buckets may move and journals may be opened by others.

@@ -22,7 +22,8 @@ async def find(name: str, timeout_s: float = FIND_TIMEOUT_S) -> Handle | None:
     """The living actor of that name in our namespace, or None; `TimeoutError` if nobody knows."""
     look = functools.partial(ray.get_actor, name, namespace=NAMESPACE)
     try:
-        return await asyncio.wait_for(asyncio.to_thread(look), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.to_thread(look)
     except ValueError:
         return None
 
@@ -30,13 +31,10 @@ async def find(name: str, timeout_s: float = FIND_TIMEOUT_S) -> Handle | None:
 async def ask(call: Any, timeout_s: float) -> Any:
     """The result of a remote call. Raises what the actor raised, unwrapped, or `TimeoutError`."""
     try:
-        return await asyncio.wait_for(_result(call), timeout_s)
+        async with asyncio.timeout(timeout_s):  # `wait_for` of Python 3.11 can lose a cancellation
+            return await call
     except RayTaskError as error:
         raise unwrap(error) from None
-
-
-async def _result(call: Any) -> Any:
-    return await call
 
 
 def unwrap(error: BaseException) -> BaseException:

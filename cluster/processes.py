@@ -79,7 +79,8 @@ class Processes:
             kill(self._spares.pop().handle)
 
     async def _refill(self, calm: Callable[[], bool]) -> None:
-        nodes = await asyncio.wait_for(asyncio.to_thread(_nodes), FIND_TIMEOUT_S)
+        async with asyncio.timeout(FIND_TIMEOUT_S):
+            nodes = await asyncio.to_thread(_nodes)
         for spare in list(self._spares):
             if not await _answers(spare, FIND_TIMEOUT_S) and spare in self._spares:
                 self._spares.remove(spare)
