@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from safetensors.numpy import save_file
 
 from cluster.config import Config, laptop
@@ -45,7 +46,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _reap() -> None:
     """Waits for Ray's processes: it ends them, but leaves them to the interpreter, which warns of each."""
-    for process in [it for it in gc.get_objects() if issubclass(type(it), subprocess.Popen)]:
+    rays = str(Path(ray.__file__).parent)
+    processes = [it for it in gc.get_objects() if issubclass(type(it), subprocess.Popen)]
+    for process in [it for it in processes if rays in str(it.args)]:
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
