@@ -77,6 +77,12 @@ def read_owner(store: Records, shard: str) -> Owner | None:
     return None if found is None else Owner.from_record(shard, found[0])
 
 
+def owners(store: ListedRecords) -> list[Owner]:
+    """All records that there are, of shards that run or ran once."""
+    names = (name.removeprefix(OWNERS_PREFIX) for name in store.record_names(OWNERS_PREFIX))
+    return [owner for owner in (read_owner(store, shard) for shard in names) if owner is not None]
+
+
 def claim(
     store: Records, shard: str, *, cluster: str, incarnation: str, take_over: bool, epoch_min: int = 0
 ) -> Owner:
@@ -111,14 +117,10 @@ def retire(store: ListedRecords, shards: Collection[str], *, cluster: str) -> li
     A shard that the map does not have any more is claimed by nobody: one that was away, frozen or on another disk,
     would go on under its record when it comes back, for users whom others own by then. Raises `Fenced` as `claim`.
     """
-    fenced: list[str] = []
-    for name in store.record_names(OWNERS_PREFIX):
-        shard = name.removeprefix(OWNERS_PREFIX)
-        owner = None if shard in shards else read_owner(store, shard)
-        if owner is not None and owner.incarnation != RETIRED:
-            claim(store, shard, cluster=cluster, incarnation=RETIRED, take_over=True)
-            fenced.append(shard)
-    return fenced
+    gone = [it.shard for it in owners(store) if it.shard not in shards and it.incarnation != RETIRED]
+    for shard in gone:
+        claim(store, shard, cluster=cluster, incarnation=RETIRED, take_over=True)
+    return gone
 
 
 def announce(store: Records, owner: Owner, *, actor: str, node: str) -> Owner:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import uuid
 
-from actors.ownership import OWNERS_PREFIX, Owner, claim, read_owner
+from actors import ownership
+from actors.ownership import Owner, claim
 from storage.errors import Fenced
 from storage.store import MemoryStore
 
@@ -18,10 +19,7 @@ _MARK = "restore-"
 
 def owners(store: MemoryStore) -> list[Owner]:
     """Who may be serving on a store: the records that a cluster has claimed last."""
-    found = (
-        read_owner(store, info.name.removeprefix(OWNERS_PREFIX)) for info in store.objects.list(OWNERS_PREFIX)
-    )
-    return [owner for owner in found if owner is not None and not owner.cluster.startswith(_MARK)]
+    return [owner for owner in ownership.owners(store) if not owner.cluster.startswith(_MARK)]
 
 
 def shut_out(store: MemoryStore, *, above: int = 0) -> int:
