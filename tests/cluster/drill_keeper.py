@@ -39,12 +39,11 @@ async def _listed(gate: Gate) -> None:
     os.write(file, f"{options.shard} {options.epoch} {began:.6f} {time.time():.6f}\n".encode())
 
 
-# Not the shard's method: Ray copies those when it makes the actor's class.
-Gate.confirm = _listed  # type: ignore[method-assign]
-
-
 async def open_keeper(options: KeeperOptions) -> MemoryKeeper:
     """What a shard is given for `actors.keeper:open_keeper`."""
+    # Only here, in the shard's own process: tests import this module too. Not the shard's method: Ray copies those when
+    # it makes the actor's class.
+    Gate.confirm = _listed  # type: ignore[method-assign]
     # A random model's memories are soon crowded, and what the guard does about it depends on when it looks.
     actors.guard.has_fallen = lambda asked, answered: False
     here = replace(options, journal_dir=os.environ.get(JOURNALS, options.journal_dir))
