@@ -95,7 +95,8 @@ class Replicator:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         backlog.waiting.append(done)
         try:
-            await asyncio.wait_for(done, self._options.sync_timeout_s)
+            async with asyncio.timeout(self._options.sync_timeout_s):
+                await done
         except TimeoutError:
             raise NotReplicated(
                 f"{key}: what was told is in the journal of {self._options.shard}, and was not in the store within "

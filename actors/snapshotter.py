@@ -152,7 +152,8 @@ class Snapshotter:
             try:
                 handle = await asyncio.to_thread(self._shard, name)
                 call = handle.snapshot_part.remote(snapshot_id, url, include_model)
-                return await asyncio.wait_for(_result(call), PART_TIMEOUT_S)
+                async with asyncio.timeout(PART_TIMEOUT_S):
+                    return await _result(call)
             except (RayActorError, ValueError, ShardNotOpen) as error:
                 why = f"{type(error).__name__}: {error}"
             except RayTaskError as error:

@@ -11,8 +11,6 @@ updates by a process that nobody disturbed. `--fault` plants one of tests/actors
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import sys
 import tempfile
@@ -22,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from benchmarks.report import report  # noqa: E402
 from tests.actors.crash_faults import FAULTS  # noqa: E402
 from tests.actors.crash_run import Faulty, Run  # noqa: E402
 
@@ -46,15 +45,11 @@ def main() -> int:
         except Faulty as error:
             found, faults = run.report(), [str(error)]
     document = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "asked": asked,
         **found,
         "faults": faults,
     }
-    text = json.dumps(document, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+    report(document, options.json)
     if faults:
         print(f"seed {options.seed}: {'; '.join(faults)}", file=sys.stderr)
     return 1 if faults else 0

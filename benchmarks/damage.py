@@ -11,7 +11,6 @@ that ends with an earlier group, or whose last group is not whole. The tests run
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import random
 import sys
@@ -19,11 +18,11 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.report import report
 from tests.storage.damage_samples import SAMPLES
 from tests.storage.wounds import cuts_of, flips_of, suffer
 
@@ -75,8 +74,7 @@ def main(argv: list[str] | None = None) -> int:
                 })  # fmt: skip
     if options.json:
         asked = {"flips": options.flips, "cuts": options.cuts, "seed": options.seed}
-        document = {"date": datetime.now(UTC).date().isoformat(), "asked": asked, "files": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        report({"asked": asked, "files": rows}, options.json)
     return int(failed)
 
 

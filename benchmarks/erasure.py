@@ -1,6 +1,6 @@
 """Kill an erasure at every step, ask again, and search every file for what the user left.
 
-    python benchmarks/erasure.py [--seed 0] [--every 1] [--fault NAME] [--out FILE]
+    python benchmarks/erasure.py [--seed 0] [--every 1] [--fault NAME] [--json FILE]
 
 A user is told things, stored, backed up and forgotten, beside a neighbour and another tenant's user of the same name.
 The process is ended by SIGKILL before each step of the erasure that changes a disk (tests/actors/erasure_drill.py). The
@@ -12,10 +12,7 @@ name, but for the tombstone; the others' memories are bit-equal; and a restore i
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from benchmarks.report import report  # noqa: E402
 from tests.actors.erasure_drill import FAULTS, Drill  # noqa: E402
 
 
@@ -34,21 +32,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--fault", choices=sorted(FAULTS), default="")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="titanmem-erasure-") as folder:
         drill = Drill(folder=Path(folder), seed=options.seed, every=options.every, fault=options.fault)
         found = drill.run(say=lambda line: print(line, file=sys.stderr, flush=True))
-    document = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}",
-        "command": " ".join(["python", "benchmarks/erasure.py", *sys.argv[1:]]),
-        **found,
-    }
-    text = json.dumps(document, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    report(found, options.json)
     return 1 if found["faults"] else 0
 
 

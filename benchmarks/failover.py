@@ -1,6 +1,6 @@
 """Kill and freeze shards and nodes under load, and take the time until their users are answered.
 
-    python benchmarks/failover.py [--kills 50] [--losses 5] [--freezes 5] [--seed 0] [--out FILE]
+    python benchmarks/failover.py [--kills 50] [--losses 5] [--freezes 5] [--seed 0] [--json FILE]
 
 Two shards with the shipped model and the default keeper serve a dozen users through the HTTP door. First one machine:
 `titanmem serve`, and one shard's process after the other is ended by SIGKILL. Then a Ray cluster of a head and three
@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
-import json
 import os
-import platform
 import random
 import signal
 import sys
@@ -30,10 +27,11 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.report import report  # noqa: E402
 from cluster.config import DEFAULT_MODEL_NAME, Config, laptop  # noqa: E402
 from cluster.serve import Server as ClusterServer  # noqa: E402
 from cluster.serve import Signals, address  # noqa: E402
-from tests.cluster.load import Load, table  # noqa: E402
+from tests.cluster.load import Answer, Load, table  # noqa: E402
 from tests.cluster.nodes import Nodes, nodes  # noqa: E402
 from tests.servers import free_port  # noqa: E402
 from tests.system.server import Server  # noqa: E402
@@ -98,11 +96,28 @@ async def drill(url: str, plan: list[tuple[str, Fault]], seed: int, spares: int)
         "settled_again": table(settle[1:]),
         "requests": len(asked),
         "requests_through_it_all": table([a.seconds for a in asked if not a.error]),
+        "slowest_of_them": slowest([a for a in asked if not a.error], outages, at),
         "errors_of_the_shards_own_users": own,
         "errors_of_other_users": others,
         "acknowledged_updates": sum(map(len, load.acknowledged.values())),
         "lost_updates": len(lost),
     }
+
+
+def slowest(
+    answers: list[Answer], outages: list[tuple[str, float, float]], users: dict[str, list[str]]
+) -> list[str]:
+    """The five that waited longest, and how long after the last fault before they were answered each was asked."""
+    lines = []
+    for answer in sorted(answers, key=lambda answer: -answer.seconds)[:5]:
+        before = [(began, shard) for shard, began, _ in outages if began < answer.ended]
+        began, shard = max(before, default=(answer.began, "none"))
+        whose = "its own shard" if answer.user in users.get(shard, ()) else "the other shard"
+        lines.append(
+            f"{answer.kind} of {answer.user}: {answer.seconds:.1f} s, asked {answer.began - began:+.1f} s after "
+            f"the fault of {whose}"
+        )
+    return lines
 
 
 async def kill_process(shard: dict[str, Any]) -> tuple[float, Callable[[], None]]:
@@ -177,23 +192,14 @@ def main() -> int:
     parser.add_argument("--losses", type=int, default=5)
     parser.add_argument("--freezes", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found: dict[str, dict[str, Any]] = {}
     if options.kills:
         found["one machine"] = on_one_machine(options.kills, options.seed)
     if options.losses or options.freezes:
         found["several nodes"] = on_several_nodes(options.losses, options.freezes, options.seed)
-    document = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f} at the end",
-        "command": " ".join(["python", "benchmarks/failover.py", *sys.argv[1:]]),
-        **found,
-    }
-    text = json.dumps(document, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    report(found, options.json)
     bad = [part for part in found.values() if part["errors_of_other_users"] or part["lost_updates"]]
     return 1 if bad else 0
 

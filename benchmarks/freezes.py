@@ -1,6 +1,6 @@
 """Freeze shards, raylets and both, again and again under load, and compare what is left with what was acknowledged.
 
-    python benchmarks/freezes.py [--rounds 5] [--users 24] [--durability sync] [--seed 0] [--out FILE] [--fault NAME]
+    python benchmarks/freezes.py [--rounds 5] [--users 24] [--durability sync] [--seed 0] [--json FILE] [--fault NAME]
 
 A Ray cluster of a head and three nodes, two shards with a tiny model, journals in a folder of each node. A round
 freezes the process of a shard, the raylet of its node, and both, each until a successor serves and a second more, and
@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
-import json
 import os
-import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from actors.options import DURABILITIES  # noqa: E402
+from benchmarks.report import report  # noqa: E402
 from tests.cluster.freezes import LATE_S, Drill, drill_config  # noqa: E402
 from tests.cluster.nodes import nodes  # noqa: E402
 from tests.tiny_model import tiny_folder  # noqa: E402
@@ -54,7 +52,7 @@ def main() -> int:
     parser.add_argument("--durability", choices=[d for d in DURABILITIES if d != "local"], default="sync")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fault", choices=["no_epoch_check"], default="")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="titanmem-freezes-") as name:
         folder = Path(name)
@@ -70,16 +68,10 @@ def main() -> int:
     faults = {"old_epoch": found["old_epoch"], "lost": old, "unequal": found["unequal"]}
     faults["doubled"] = found["doubled"]
     document = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f} at the end",
-        "command": " ".join(["python", "benchmarks/freezes.py", *sys.argv[1:]]),
         **found,
         "faults": {name: value for name, value in faults.items() if value},
     }
-    text = json.dumps(document, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    report(document, options.json)
     return 1 if document["faults"] else 0
 
 

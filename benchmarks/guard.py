@@ -1,7 +1,7 @@
 """How often the guard takes an undisturbed memory back (never, is the aim), and how soon it notices a damaged one.
 
     python benchmarks/guard.py [--facts 2000] [--together 1] [--rest-every 50] [--pieces 24] [--seeds 3]
-        [--seed 0] [--out FILE]
+        [--seed 0] [--json FILE]
 
 One user of the real keeper on the shipped model is told facts (benchmarks/needles/heldout.jsonl), so many together in a
 turn, and then reads a book that it never saw, in pieces of 4,096 tokens. A version is stored as in serving, after
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
 import json
 import lzma
 import os
@@ -42,8 +41,8 @@ from torch import Tensor  # noqa: E402
 from actors.keeper import MemoryKeeper, open_keeper  # noqa: E402
 from actors.messages import IngestCall  # noqa: E402
 from actors.options import KeeperOptions  # noqa: E402
+from benchmarks.report import report  # noqa: E402
 from cluster.config import Config  # noqa: E402
-from cluster.memory_bench import hardware  # noqa: E402
 from cluster.needle_bench import said_to  # noqa: E402
 from storage.names import UserKey  # noqa: E402
 from storage.segment import SEGMENT_TOKENS_MAX  # noqa: E402
@@ -234,23 +233,14 @@ def main() -> int:
     parser.add_argument("--pieces", type=int, default=24, help="pieces of the book, 4,096 tokens each")
     parser.add_argument("--seeds", type=int, default=3, help="trials of each kind of damage")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     needles = (ROOT / "benchmarks" / "needles" / "heldout.jsonl").read_text("utf-8").splitlines()
     facts = [json.loads(line)["fact"] for line in needles]
     random.Random(options.seed).shuffle(facts)
     told = min(options.facts, len(facts) - UPDATES)
     found = asyncio.run(run(facts, told, options.together, options.rest_every, options.pieces, options.seeds))
-    document = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": hardware(),
-        "command": " ".join(["python", *sys.argv]),
-        **found,
-    }
-    text = json.dumps(document, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    report(found, options.json)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Kill the Redis that a server stores its memories in, again and again, while users talk and read.
 
-    python benchmarks/outages.py [--outages 10] [--away 10] [--users 8] [--seed 0] [--durability local] [--out FILE]
+    python benchmarks/outages.py [--outages 10] [--away 10] [--users 8] [--seed 0] [--durability local] [--json FILE]
 
 The whole server (`titanmem serve`, the model that ships) runs on a real redis-server, which is killed with -9 at a
 random moment, stays away for a random time of at most `--away` seconds and half of that at least, and is started again
@@ -13,10 +13,6 @@ one's journals. Under `sync` errors are part of the promise; else there may be n
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -28,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.report import report  # noqa: E402
 from tests.servers import redis_server  # noqa: E402
 from tests.system.load import Load, all_stored, memory, readiness, until  # noqa: E402
 from tests.system.server import Server  # noqa: E402
@@ -44,20 +41,11 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--durability", choices=("local", "replicated", "sync"), default="local")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="titanmem-outages-") as folder:
         found = run(Path(folder), options)
-    document = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "command": f"python benchmarks/outages.py {' '.join(sys.argv[1:])}".strip(),
-        **found,
-    }
-    text = json.dumps(document, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    report(found, options.json)
     if found["faults"]:
         print(f"seed {options.seed}: {'; '.join(found['faults'])}", file=sys.stderr)
     return 1 if found["faults"] else 0
@@ -84,7 +72,7 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         try:
             one.start()
             with Load(one.url, users) as load:
-                for number in range(options.outages):
+                for number in range(options.jsonages):
                     time.sleep(CALM_S + rng.uniform(0, CALM_S))
                     redis.kill()
                     began = time.monotonic()
@@ -116,13 +104,13 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             ("doubled tokens", doubled),
             ("errors seen by users", 0 if options.durability == "sync" else len(load.problems)),
             ("outages that /readyz was silent about", silent),
-            ("lines of the log more than two an outage", max(0, len(lines) - 2 * options.outages)),
+            ("lines of the log more than two an outage", max(0, len(lines) - 2 * options.jsonages)),
             ("tokens that another host did not know", sum(seen[user] - hopped[user] for user in users)),
         )
         if count
     ]
     return {
-        "outages": options.outages, "away_s": round(sum(end - start for start, end in away), 1),
+        "outages": options.jsonages, "away_s": round(sum(end - start for start, end in away), 1),
         "answers": len(load.waits), "answers_while_away": len(during), "errors": len(load.problems),
         "acknowledged_tokens": sum(load.tokens.values()), "lost_tokens": lost, "doubled_tokens": doubled,
         "wait_s": quantiles(calm), "wait_while_away_s": quantiles(during), "all_well_after_s": quantiles(recovered_s),

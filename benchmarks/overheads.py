@@ -1,7 +1,7 @@
 """What it costs that nothing is lost: the durable acknowledgement alone, and chat and ingest with and without it.
 
     python benchmarks/overheads.py [--acks 320] [--turns 40] [--pieces 12] [--seed 0] [--stores file,s3,redis]
-        [--out FILE]
+        [--json FILE]
 
 An acknowledgement is a segment of 256 tokens in the journal (group commit), with `sync` also in the store, and then a
 read of the ownership record. `store` is a folder, a ministack or a redis-server (appendfsync always) on this machine.
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
 import json
 import lzma
 import os
@@ -48,8 +47,8 @@ from actors.messages import ChatCall, IngestCall, RenderedMessage, TokenEvent  #
 from actors.options import DURABILITIES, KeeperOptions  # noqa: E402
 from actors.ownership import Gate, Grace, claim, confirm  # noqa: E402
 from actors.replicator import Replicator  # noqa: E402
+from benchmarks.report import report  # noqa: E402
 from cluster.config import Config  # noqa: E402
-from cluster.memory_bench import hardware  # noqa: E402
 from storage.errors import Fenced  # noqa: E402
 from storage.journal import Appended, Journal  # noqa: E402
 from storage.names import UserKey  # noqa: E402
@@ -325,7 +324,7 @@ def main() -> int:
     parser.add_argument("--pieces", type=int, default=12, help="pieces of 4,096 tokens a side")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stores", default="file,s3,redis")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="titanmem-overheads-") as scratch:
         folder = Path(scratch)
@@ -340,17 +339,10 @@ def main() -> int:
             )
             rows = asyncio.run(served(folder, lines, book, options.turns, options.pieces))
     document = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": hardware(),
-        "load": os.getloadavg()[0],
-        "command": " ".join(["python", *sys.argv]),
         "acknowledgement": acks,
         **rows,
     }
-    text = json.dumps(document, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    report(document, options.json)
     return 0
 
 

@@ -1,6 +1,6 @@
 """A disaster, drilled: many users of real size are backed up, all is wiped, and they come back onto other shards.
 
-    python benchmarks/restore.py [--users 1000] [--shards 4] [--onto 7] [--seed 0] [--stores file s3] [--out FILE]
+    python benchmarks/restore.py [--users 1000] [--shards 4] [--onto 7] [--seed 0] [--stores file s3] [--json FILE]
 
 Each user has a memory of the shipped shape: 1,048,576 elements, of which as many are written as 50 to 600 chunks leave
 that write 1 to 10 tokens each (128 columns a token, most of which others use too), and a reservoir of at most 2,048
@@ -18,7 +18,6 @@ import contextlib
 import datetime
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -36,6 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import xxhash  # noqa: E402
 
+from benchmarks.report import report  # noqa: E402
 from cluster.shardmap import first_map, plan  # noqa: E402
 from storage.memory import Memory, Replay  # noqa: E402
 from storage.names import UserKey  # noqa: E402
@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stores", nargs="+", choices=("file", "s3"), default=["file", "s3"])
     parser.add_argument("--folder", type=Path, help="where the files go; default: where temporary files do")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     results: dict[str, Any] = {}
     for kind in options.stores:
@@ -222,16 +222,10 @@ def main() -> int:
     slow = {kind: found["restore_s"] for kind, found in results.items() if found["restore_s"] > LIMIT_S}
     faults += [f"{kind}: restored in {took_s} s, over {LIMIT_S:g}" for kind, took_s in slow.items()]
     document = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}",
-        "command": " ".join(["python", "benchmarks/restore.py", *sys.argv[1:]]),
         "fill": f"{CHUNKS[0]} to {CHUNKS[1]} chunks, reservoir of at most {RESERVOIR} entries",
         "stores": results, "faults": faults,
     }  # fmt: skip
-    text = json.dumps(document, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    report(document, options.json)
     return 1 if faults else 0
 
 

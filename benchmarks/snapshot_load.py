@@ -1,6 +1,6 @@
 """Snapshots while everybody is being told something: how long updates wait, and what the snapshots hold.
 
-    python benchmarks/snapshot_load.py [--users 16] [--seconds 20] [--seed 0] [--out FILE]
+    python benchmarks/snapshot_load.py [--users 16] [--seconds 20] [--seed 0] [--json FILE]
 
 A real keeper (no Ray) with the model that is shipped; every user is told pieces of 48 tokens without a pause, each
 acknowledged before the next. For the first half nothing else happens, in the second one snapshots are made one after
@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
-import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -32,6 +30,7 @@ import actors.guard  # noqa: E402
 from actors.keeper import MemoryKeeper, open_keeper  # noqa: E402
 from actors.messages import IngestCall  # noqa: E402
 from actors.options import KeeperOptions  # noqa: E402
+from benchmarks.report import report  # noqa: E402
 from storage.head import hash_of  # noqa: E402
 from storage.names import UserKey  # noqa: E402
 from storage.objects import open_objects  # noqa: E402
@@ -144,20 +143,11 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="titanmem-load-") as folder:
         found = asyncio.run(drill(Path(folder), options))
-    document = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}",
-        "command": " ".join(["python", "benchmarks/snapshot_load.py", *sys.argv[1:]]),
-        **found,
-    }
-    text = json.dumps(document, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    report(found, options.json)
     return 1 if found["faults"] else 0
 
 

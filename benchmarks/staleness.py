@@ -11,8 +11,6 @@ that differ in chunk size only. The one that is never stale gets its tokens one 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import lzma
 import math
 import sys
@@ -25,6 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.report import report  # noqa: E402
 from titanmem import MemorySpec, NeuralMemory  # noqa: E402
 from titanmem.folder import load_decoder  # noqa: E402
 from titanmem.tokenizer import ChatTokenizer  # noqa: E402
@@ -112,14 +111,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     document = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "tokens": options.tokens,
         "rows": measure(options.tokens),
     }
-    text = json.dumps(document, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n", "utf-8")
-    sys.stdout.write(text + "\n")
+    report(document, options.json)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,9 @@ class Config:
     sync_timeout_s: float = 10.0
     """With `durability` sync: seconds that an answer waits for the store before it ends with 503 `not_replicated`, 0.1
     to 3,600; less than `request_timeout_s`, which would end it without saying why."""
+    unconfirmed_s: float = 60.0
+    """With `durability` replicated: seconds that answers go out while the store cannot be asked whose shard this is,
+    0 to 3,600. It bounds what a shard acknowledges in vain that another has replaced meanwhile."""
     persist_tokens: int = 4096
     """Tokens of a user between two stored versions, 256 to 65536."""
     idle_flush_s: float = 30.0
@@ -164,6 +167,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("spares", 0, 8),
     ("replicate_interval_s", 0.1, 3_600),
     ("sync_timeout_s", 0.1, 3_600),
+    ("unconfirmed_s", 0, 3_600),
     ("seed", 0, 2**63 - 1),
 )
 _FIELDS = {f.name: f for f in dataclasses.fields(Config)}

@@ -263,6 +263,7 @@ class Coordinator:
             replicate_interval_s=config.replicate_interval_s,
             snapshots_url=config.snapshots,
             sync_timeout_s=config.sync_timeout_s,
+            unconfirmed_s=config.unconfirmed_s,
             seed=config.seed,
         )
         return ShardOptions(

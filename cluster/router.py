@@ -90,7 +90,8 @@ class Router:
         try:
             while True:
                 try:
-                    event = await asyncio.wait_for(_next(stream), patience.left_s())
+                    async with asyncio.timeout(patience.left_s()):
+                        event = await _next(stream)
                 except StopAsyncIteration:
                     ended = True
                     raise ShardUnavailable(route.shard, "the reply ended early") from None
@@ -173,7 +174,8 @@ class Router:
 
     async def readiness(self) -> tuple[bool, str]:
         try:
-            return await asyncio.wait_for(self._readiness(), READINESS_TIMEOUT_S)
+            async with asyncio.timeout(READINESS_TIMEOUT_S):
+                return await self._readiness()
         except TimeoutError:
             return False, "the shards do not answer in time"
 

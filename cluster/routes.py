@@ -78,7 +78,8 @@ class Routes:
 
         async def one(shard: str) -> Any:
             try:
-                handle = await asyncio.wait_for(self._handle(shard), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    handle = await self._handle(shard)
                 if handle is None:
                     return ShardUnavailable(shard, "it is not running")
                 return await ask(getattr(handle, method).remote(), timeout_s)

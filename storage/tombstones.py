@@ -81,9 +81,9 @@ class Tombstones:
 
     def users(self) -> Iterator[UserKey]:
         """All users who were ever erased, in order of their names."""
-        for info in self._records.objects.list(_ROOT):
+        for name in self._records.record_names(_ROOT):
             with contextlib.suppress(InvalidName):
-                yield UserKey.parse(info.name.removeprefix(_ROOT))
+                yield UserKey.parse(name.removeprefix(_ROOT))
 
     def clear(self, key: UserKey, epoch: int) -> None:
         """Lets the user begin anew; the time of the erasure stays known. Raises `Fenced`."""

@@ -17,6 +17,8 @@ import redis.connection
 from botocore.exceptions import ClientError, ReadTimeoutError
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
+from tests.storage.wounds import half_writing
+
 ENDPOINT = "http://127.0.0.1"
 
 
@@ -104,28 +106,9 @@ def disk(code: int, step: str) -> Callable[[pytest.MonkeyPatch, Path], None]:
     def fail(*_: Any, **__: Any) -> Any:
         raise problem
 
-    def half(path: Path, mode: str) -> Any:
-        file = open(path, mode)  # noqa: SIM115 (it is closed at the end of `with`)
-        if "x" not in mode:
-            return file
-        write = file.write
-
-        class Half:
-            def __enter__(self) -> Half:
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                file.close()
-
-            def write(self, data: bytes) -> None:
-                write(data[: len(data) // 2])
-                raise problem
-
-        return Half()
-
     def plant(patch: pytest.MonkeyPatch, _: Path) -> None:
         if step == "write":
-            patch.setattr("storage.local.open", half, raising=False)
+            patch.setattr("storage.local.open", half_writing(problem), raising=False)
         else:
             # A module of its own, so that nothing else on this machine fails.
             patch.setattr("storage.local.os", Steps(**{{"fsync": "fsync", "rename": "replace"}[step]: fail}))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import redis
 
 from actors.errors import MemoryFrozen
 from actors.keeper import MemoryKeeper, open_keeper
@@ -25,7 +24,7 @@ from storage.snapshot import PartInfo, commit_manifest, new_snapshot_id, restore
 from storage.snapshot_marks import marked_at
 from storage.store import open_store
 from tests.actors.test_keeper import crash, piece, same, state
-from tests.actors.traces import Traces, in_bucket, in_folder
+from tests.actors.traces import Traces, in_bucket, in_folder, in_redis
 
 ZAPHOD = UserKey("local", "zaphod-beeblebrox")
 NAMESAKE = UserKey("acme", "zaphod-beeblebrox")
@@ -58,15 +57,7 @@ def place(
         url = request.getfixturevalue("redis_url")
 
         def there() -> Iterator[tuple[str, bytes]]:
-            client = redis.Redis(port=server.port)
-            while client.info("persistence")["aof_rewrite_in_progress"]:
-                pass
-            client.close()
-            for name, data in in_folder(server.folder):
-                # The tombstone's own key and line, which say the name, stand among everything else.
-                for mine in (ZAPHOD, NAMESAKE):
-                    data = data.replace(f"tombstones/{mine}".encode(), b"")
-                yield name, data
+            yield from in_redis(server, (ZAPHOD, NAMESAKE))
 
     def everywhere() -> Iterator[tuple[str, bytes]]:
         yield from there()

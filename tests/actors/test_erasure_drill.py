@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 def erasures(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     """The benchmark's exit status and its JSON; it forks, so it has a process of its own."""
     path = tmp_path / "found.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "erasure.py"), "--out", str(path), *arguments]
+    command = [sys.executable, str(ROOT / "benchmarks" / "erasure.py"), "--json", str(path), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert path.exists(), done.stderr[-4000:]
     return done.returncode, json.loads(path.read_text())

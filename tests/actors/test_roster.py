@@ -22,6 +22,7 @@ from storage.journal import Journal
 from storage.names import UserKey
 from storage.objects import Objects, open_objects
 from storage.store import MemoryStore
+from storage.titanmem import encode
 from tests.simulator.chain import LAYOUT, SPEC, ChainSlab, ChainWriter, Null, history
 
 ALICE = UserKey("local", "alice")
@@ -126,3 +127,26 @@ async def test_the_owner_before_stores_no_first_version_either(tmp_path: Path) -
             assert await after.store(resident)
             assert not resident.dirty
             assert [(info.version, info.epoch) for info in store.versions(ALICE)] == [(1, 2)]
+
+
+async def test_a_head_made_anew_with_a_version_of_our_number_is_gone_on_from(tmp_path: Path) -> None:
+    """A file that the owner before could not list any more is listed when HEAD is lost: ours takes the next number."""
+    objects = open_objects(f"file://{tmp_path}/store")
+    store = MemoryStore(objects)
+    async with opened(store, tmp_path / "before", epoch=1) as before, before.turn(ALICE) as old:
+        await tell(before, old, "one")
+        assert await before.store(old)
+        async with opened(store, tmp_path / "after", epoch=2) as after, after.turn(ALICE) as resident:
+            await tell(before, old, "lost")
+            with pytest.raises(Fenced):
+                await before.store(old)
+            left = before.vault.image(old, before.slab)
+            objects.put(f"users/local/alice/v{left.memory_version:012d}-e00000001.titanmem", encode(left))
+            objects.put("users/local/alice/HEAD", b"junk")
+            after.vault._on_damage = lambda kind: None
+            await tell(after, resident, "two")
+            assert await after.store(resident)
+            assert not resident.dirty
+            assert [(it.version, it.epoch) for it in store.versions(ALICE)] == [(3, 2), (2, 1), (1, 1)]
+    async with opened(store, tmp_path / "after", epoch=3) as again, again.turn(ALICE) as resident:
+        assert history(again.slab.written_SHD[resident.slot].chain) == ["one", "two"]  # type: ignore[attr-defined]

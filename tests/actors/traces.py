@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import redis
 
 from storage.names import UserKey
+from tests.servers import RedisServer
 
 RUN_IDS = 12
 """Token ids in a row that only one user was told: 48 bytes."""
@@ -81,3 +85,17 @@ def in_bucket(endpoint: str, bucket: str, prefix: str) -> Iterator[tuple[str, by
         yield line["Key"].removeprefix(prefix).lstrip("/"), b""
     for line in client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ()):
         yield f"upload of {line['Key'].removeprefix(prefix)}", b"not to be seen, but there"
+
+
+def in_redis(server: RedisServer, erased: Iterable[UserKey]) -> Iterator[tuple[str, bytes]]:
+    """Every file of a redis-server, once its append-only file has been written anew.
+
+    A tombstone's own key, which says the name, stands there among everything else: it is left out.
+    """
+    with contextlib.closing(redis.Redis(port=server.port)) as client:
+        while client.info("persistence")["aof_rewrite_in_progress"]:  # type: ignore[index]
+            time.sleep(0.01)
+    for name, data in in_folder(server.folder):
+        for key in erased:
+            data = data.replace(f"tombstones/{key}".encode(), b"")
+        yield name, data

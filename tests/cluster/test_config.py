@@ -79,6 +79,7 @@ def test_keys_are_never_shown() -> None:
         ("durability", "always", "durability: 'always' is not one of local, replicated, sync"),
         ("replicate_interval_s", 0, "replicate_interval_s: 0.0 is outside 0.1 to 3600"),
         ("sync_timeout_s", 0, "sync_timeout_s: 0.0 is outside 0.1 to 3600"),
+        ("unconfirmed_s", -1, "unconfirmed_s: -1.0 is outside 0 to 3600"),
         ("store", "gopher://h:1/0", "store: no store for gopher://; there are file://, s3://"),
         ("store", "file://", "store: file:// names no path"),
         ("host", "0.0.0.0", "host: 0.0.0.0 can be reached from outside"),

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,6 +16,7 @@ from storage.head import user_folder
 from storage.records import decode_record, encode_record
 from storage.store import MemoryStore
 from tests.storage.samples import ALICE, NOON, make_memory, same
+from tests.storage.wounds import half_writing
 
 FOLDER = user_folder(ALICE)
 
@@ -122,26 +122,7 @@ def fail_at_rename(patch: pytest.MonkeyPatch, problem: OSError) -> None:
 
 
 def fail_at_write(patch: pytest.MonkeyPatch, problem: OSError) -> None:
-    """Half of it is written: what a disk does that fills up."""
-
-    def half(path: Path, mode: str) -> Any:
-        file = open(path, mode)  # noqa: SIM115 (its caller closes it)
-        write = file.write
-
-        class Half:
-            def __enter__(self) -> Half:
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                file.close()
-
-            def write(self, data: bytes) -> None:
-                write(data[: len(data) // 2])
-                raise problem
-
-        return Half()
-
-    patch.setattr("storage.local.open", half, raising=False)
+    patch.setattr("storage.local.open", half_writing(problem), raising=False)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])

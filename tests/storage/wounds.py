@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from storage.errors import TitanmemError
 from tests.storage.damage_samples import Sample
@@ -63,3 +64,28 @@ def suffer(sample: Sample, wounds: Iterator[tuple[str, bytes]], folder: Path) ->
             else:
                 tally.wrong.append(f"{wound}: read {str(found)[:200]}")
     return tally
+
+
+def half_writing(problem: OSError) -> Callable[[Path, str], Any]:
+    """An `open` whose new files take half of what is written and then fail: a disk that fills up."""
+
+    def half(path: Path, mode: str) -> Any:
+        file = open(path, mode)  # noqa: SIM115 (it is closed at the end of `with`)
+        if "x" not in mode:
+            return file
+        write = file.write
+
+        class Half:
+            def __enter__(self) -> Half:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                file.close()
+
+            def write(self, data: bytes) -> None:
+                write(data[: len(data) // 2])
+                raise problem
+
+        return Half()
+
+    return half

@@ -22,6 +22,7 @@ from actors.options import journal_path
 from storage.journal import Journal
 from storage.names import UserKey
 from storage.titanmem import decode
+from tests.actors.traces import Traces, in_folder, in_redis
 from tests.servers import RedisServer, redis_server
 from tests.system.facts import FACTS, Said, Talk, right, shown
 from tests.system.load import SOON_S, Load, all_stored, ingest, memory, metric, readiness, until
@@ -38,6 +39,11 @@ OPTIONS: dict[str, Any] = {
     "TITANMEM_PERSIST_TOKENS": "256",
     "TITANMEM_CONSOLIDATE_AFTER_S": "0",
 }
+
+
+def export(server: Server, user: str) -> bytes:
+    """A user's `.titanmem` file, over HTTP."""
+    return httpx.get(f"{server.url}/v1/memories/{user}/export", timeout=SOON_S, trust_env=False).content
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +99,7 @@ def outage(redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iter
             load.tokens[user] += ingest(server.url, user, "afterwards")["tokens"]
         until(lambda: all_stored(server, USERS))
         after = {user: memory(server, user) for user in USERS}
-        exported = {
-            user: httpx.get(
-                f"{server.url}/v1/memories/{user}/export", timeout=SOON_S, trust_env=False
-            ).content
-            for user in USERS
-        }
+        exported = {user: export(server, user) for user in USERS}
         log = server.logged()
         server.kill()
         yield Outage(
@@ -160,10 +161,8 @@ def test_whoever_hops_to_another_host_is_known_there(outage: Outage, host: Serve
         for user in USERS:
             seen = memory(host, user)
             assert seen["tokens_seen"] == outage.after[user]["tokens_seen"], user
-            there = httpx.get(
-                f"{host.url}/v1/memories/{user}/export", timeout=SOON_S, trust_env=False
-            ).content
-            one, two = decode(outage.exported[user], name="one"), decode(there, name="two")
+            one = decode(outage.exported[user], name="one")
+            two = decode(export(host, user), name="two")
             assert one.nonzero_idx.tobytes() == two.nonzero_idx.tobytes()
             assert one.theta_val.tobytes() == two.theta_val.tobytes()
         answers = talk.ask(TOLD)
@@ -196,3 +195,31 @@ def test_under_sync_writes_wait_reads_go_on_and_the_same_request_is_taken_once(
         waited = memory(host, "u0")["tokens_seen"]
         assert ingest(host.url, "u0", "second")["duplicates"] == 1
         assert memory(host, "u0")["tokens_seen"] == waited, "it was taken the first time"
+
+
+def test_whoever_is_erased_leaves_nothing_in_redis_nor_in_the_journal(
+    outage: Outage, host: Server, redis: RedisServer
+) -> None:
+    erased, kept = (Traces(key=UserKey("local", user)) for user in ("u1", "u2"))
+    for traces in (erased, kept):
+        ingest(host.url, traces.key.user, "a note before the end")
+        until(lambda user=traces.key.user: all_stored(host, [user]))
+        traces.rests(export(host, traces.key.user), "the newest version")
+    # Both have read the same note: what says nothing of one alone is not looked for.
+    erased.needles = {
+        label: it for label, it in erased.needles.items() if it not in kept.needles.values()
+    }  # fmt: skip
+
+    def places() -> Iterator[tuple[str, bytes]]:
+        yield from in_redis(redis, (erased.key,))
+        yield from ((f"journal {name}", data) for name, data in in_folder(host.journals))
+
+    before = erased.found(places())
+    assert "name" in before
+    assert len(before) > 2, "what is looked for was there"
+    answer = httpx.delete(f"{host.url}/v1/memories/u1", timeout=SOON_S, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    assert erased.found(places()) == {}
+    assert len(kept.found(places())) > 2
+    assert httpx.get(f"{host.url}/v1/memories/u1", timeout=SOON_S, trust_env=False).status_code == 404
+    assert memory(host, "u2")["tokens_seen"] > 0
