@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.actors.crash_points import POINTS, half_of_the_change
+from tests.beside import Done
 
-ROOT = Path(__file__).parent.parent.parent
 
-
-def crashes(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
-    """The benchmark's exit status, its JSON, and what it said meanwhile; it forks, so it has a process of its own."""
-    path = tmp_path / "found.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "crashes.py"), "--json", str(path), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert path.exists(), done.stderr[-4000:]
-    return done.returncode, json.loads(path.read_text()), done.stderr[-4000:]
+def drill(*arguments: str) -> pytest.MarkDecorator:
+    return pytest.mark.beside("benchmarks/crashes.py", *arguments)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_kill_at_every_point_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
-    status, found, said = crashes(tmp_path, "--kills", "60", "--updates", "1600", "--seed", "0")
-    assert found["faults"] == [], said
-    assert status == 0
+@pytest.mark.timeout(1500)
+@drill("--kills", "60", "--updates", "1600", "--seed", "0")
+def test_a_kill_at_every_point_loses_nothing_and_doubles_nothing(beside: Done) -> None:
+    found = json.loads(beside.stdout)
+    assert found["faults"] == [], beside.stderr[-4000:]
+    assert beside.returncode == 0
     assert set(found["kills_by_point"]) == set(POINTS)
     assert (found["lost"], found["doubled"], found["users_with_unequal_bits"]) == (0, 0, [])
     assert found["updates"] >= 1600
@@ -37,18 +28,25 @@ def test_a_kill_at_every_point_loses_nothing_and_doubles_nothing(tmp_path: Path)
     assert found["answered_as_duplicates"] > 0
 
 
+FAULTY = [("trims-early", "one was lost"), ("ignores-update-ids", "one was written twice")]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    ("fault", "seen"), [("trims-early", "one was lost"), ("ignores-update-ids", "one was written twice")]
+    "seen",
+    [
+        pytest.param(
+            seen, marks=drill("--kills", "60", "--updates", "600", "--seed", "1", "--fault", fault), id=fault
+        )
+        for fault, seen in FAULTY
+    ],
 )
-def test_a_planted_fault_is_caught(tmp_path: Path, fault: str, seen: str) -> None:
-    status, found, said = crashes(
-        tmp_path, "--kills", "60", "--updates", "600", "--seed", "1", "--fault", fault
-    )
-    assert status == 1, said
+def test_a_planted_fault_is_caught(beside: Done, seen: str) -> None:
+    assert beside.returncode == 1, beside.stderr[-4000:]
+    found = json.loads(beside.stdout)
     assert [fault for fault in found["faults"] if seen in fault], "this fault, and not some other end"
-    assert "seed 1" in said, "whoever sees it fail can run it again"
+    assert "seed 1" in beside.stderr, "whoever sees it fail can run it again"
 
 
 @pytest.mark.parametrize(

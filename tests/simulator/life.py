@@ -58,13 +58,13 @@ def _let_libraries_rest() -> None:
     gc.freeze()
 
 
-def live(seed: int) -> Outcome:
-    """One life from its seed alone."""
+def live(seed: int, durability: str = "") -> Outcome:
+    """One life from its seed alone; with a `durability` that the seed would have to draw."""
     _let_libraries_rest()
     folder = RAM if RAM.is_dir() else None
     with tempfile.TemporaryDirectory(dir=folder) as disk:
         world = World(seed)
-        life = Life(world, Path(disk), seed)
+        life = Life(world, Path(disk), seed, durability)
         opened = patch.object(
             objects, "_open_s3", lambda url, parts: SimulatedS3(_here(world), life.bucket, life.weather)
         )
@@ -88,13 +88,14 @@ def _here(world: World) -> Process:
 class Life:
     """The users, the doors and the fates of one seed."""
 
-    def __init__(self, world: World, disk: Path, seed: int) -> None:
+    def __init__(self, world: World, disk: Path, seed: int, durability: str = "") -> None:
         self.world, self.disk = world, disk
         self.bucket, self.weather = Bucket(), Weather()
         self.ledger = Ledger(world, self.bucket)
         self.bucket.watchers.append(self.ledger.watch)
         self.two_disks = world.rng.random() < 0.5
-        self.durability = world.rng.choice(("local", "local", "replicated", "sync"))
+        drawn = world.rng.choice(("local", "local", "replicated", "sync"))
+        self.durability = durability or drawn
         self.taken_over = False
         self.fleets: list[Fleet] = []
         self.talking = len(USERS)
