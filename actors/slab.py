@@ -98,6 +98,7 @@ class Resident:
     unsettled: Memory | None = None
     """What was last sent to the store and may or may not be there: it is sent again as it is."""
     tokens_since_stored: int = 0
+    segments_since_stored: int = 0
     probes: Probes | None = None
     """What the newest stored version answers; None before there is one."""
     recall: float = 1.0

@@ -227,7 +227,7 @@ class Vault:
         resident.consolidated = int(memory.stats.get("consolidated", 0))
         resident.falls = int(memory.stats.get("falls", 0))
         resident.frozen = bool(memory.stats.get("frozen", 0))
-        resident.tokens_since_stored = 0
+        resident.tokens_since_stored = resident.segments_since_stored = 0
         resident.claimed, resident.swept = True, memory.epoch == self.epoch
 
     def reservoir_of(self, memory: Memory, spec: MemorySpec) -> Reservoir:

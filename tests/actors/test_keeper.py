@@ -16,6 +16,7 @@ from actors.errors import QueueFull
 from actors.keeper import MemoryKeeper, collect, open_keeper
 from actors.messages import ChatCall, IngestCall, RenderedMessage, TokenEvent
 from actors.options import KeeperOptions
+from actors.roster import SEGMENTS_MAX
 from storage.errors import BadMemoryFile, Fenced, NoSuchMemory, StoreError, WrongBase
 from storage.names import UserKey
 from storage.objects import open_objects
@@ -278,6 +279,20 @@ async def test_another_model_is_refused(options, tmp_path):
     async with opened(options, model=other, epoch=2) as keeper:  # some are its own
         with pytest.raises(WrongBase):
             await keeper.ingest(piece(ALICE, 2))
+
+
+async def test_many_short_messages_are_stored_so_that_a_crash_costs_a_short_replay(options):
+    async with opened(options, persist_tokens=65536, idle_flush_s=3600.0) as keeper:
+        for seed in range(SEGMENTS_MAX):
+            assert not keeper.roster.vault.store.versions(ALICE)
+            await keeper.ingest(piece(ALICE, seed, 5))
+        async with asyncio.timeout(20):
+            while keeper.roster.slab.peek(ALICE).dirty:  # noqa: ASYNC110 (a background task stores, and tells nobody)
+                await asyncio.sleep(0.01)
+        assert len(await keeper.versions(ALICE)) == 1
+        await keeper.ingest(piece(ALICE, SEGMENTS_MAX, 5))
+        await asyncio.sleep(0.05)
+        assert len(await keeper.versions(ALICE)) == 1, "not after each one from then on"
 
 
 async def test_an_older_epoch_cannot_store(options, tmp_path):
