@@ -286,8 +286,10 @@ async def test_many_short_messages_are_stored_so_that_a_crash_costs_a_short_repl
         for seed in range(SEGMENTS_MAX):
             assert not keeper.roster.vault.store.versions(ALICE)
             await keeper.ingest(piece(ALICE, seed, 5))
+        resident = keeper.roster.slab.peek(ALICE)
+        assert resident is not None
         async with asyncio.timeout(20):
-            while keeper.roster.slab.peek(ALICE).dirty:  # noqa: ASYNC110 (a background task stores, and tells nobody)
+            while resident.dirty:  # noqa: ASYNC110 (a background task stores, and tells nobody)
                 await asyncio.sleep(0.01)
         assert len(await keeper.versions(ALICE)) == 1
         await keeper.ingest(piece(ALICE, SEGMENTS_MAX, 5))
