@@ -277,6 +277,7 @@ class Life:
     def _peace(self) -> None:
         """Nothing fails from here on, and a new cluster goes on from disk and store as they are."""
         self._calm()
+        self.weather.ambush = None
         for fleet in self.fleets:
             fleet.kill()
         took_over = self.ledger.saved is not None
