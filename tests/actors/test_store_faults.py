@@ -103,7 +103,7 @@ async def test_under_sync_reads_go_on_while_writes_wait(
     options: KeeperOptions, model: Path, tmp_path: Path
 ) -> None:
     fault = next(fault for fault in FAULTS if fault.name == "file EIO on fsync")
-    chosen = replace(options, durability="sync", sync_timeout_s=0.3)
+    chosen = replace(options, durability="sync", sync_timeout_s=1.5)
     async with living(chosen) as life:
         shard, epoch = life.shard, life.epoch
         await shard.ingest(piece(ALICE, 1), epoch)
@@ -131,7 +131,7 @@ async def test_under_sync_a_store_that_is_away_stops_no_read(
     options: KeeperOptions, model: Path, redis_url: str
 ) -> None:
     fault = next(fault for fault in FAULTS if fault.name == "redis away")
-    chosen = replace(options, store_url=redis_url, durability="sync", sync_timeout_s=0.3)
+    chosen = replace(options, store_url=redis_url, durability="sync", sync_timeout_s=1.5)
     async with living(chosen) as life:
         await life.shard.ingest(piece(ALICE, 1), life.epoch)
         with fault.planted(Path()):
