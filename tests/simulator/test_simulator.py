@@ -30,9 +30,8 @@ def test_a_seed_gives_the_same_life_again() -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_a_broken_variant_is_caught(name: str) -> None:
-    durability = (
-        "sync" if name.startswith("sync") else ""
-    )  # a quarter of the lives, and of no consequence in others
+    # A quarter of the lives wait for the store, and in the others this one changes nothing.
+    durability = "sync" if name.startswith("sync") else ""
     with VARIANTS[name]():
         found = any(live(seed, durability).breaches for seed in range(SEEDS_OF_A_VARIANT))
     assert found, f"{name} was not seen"
