@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,12 +36,19 @@ class Health:
         self._url, self._clock, self._lock = url, clock, threading.Lock()
         self._failed_at_s: dict[Kind, float] = {}
         self._since_s = self._last_s = 0.0
+        self._over_s = -math.inf
         self.problem = ""
         """Why calls fail, from the first that did until they succeed again; empty while all is well."""
 
-    def failed(self, kind: Kind, error: StoreUnavailable) -> None:
-        """A call had no success, for all its attempts."""
+    def now_s(self) -> float:
+        """This clock, which says when a call began."""
+        return self._clock()
+
+    def failed(self, kind: Kind, error: StoreUnavailable, began_s: float) -> None:
+        """A call that began at `began_s` had no success, for all its attempts."""
         with self._lock:
+            if began_s < self._over_s:  # it waited through an outage that is over, and begins no new one
+                return
             self._last_s = self._failed_at_s[kind] = self._clock()
             begins = not self.problem
             if begins:
@@ -60,7 +68,7 @@ class Health:
                     del self._failed_at_s[other]
             if not self.problem or self._failed_at_s or now - self._last_s < QUIET_S:
                 return
-            self.problem, lasted_s = "", now - self._since_s
+            self.problem, lasted_s, self._over_s = "", now - self._since_s, now
         _log.warning("%s answers again, after %.0f s", self._url, lasted_s)
 
     def summary(self) -> str:
@@ -129,10 +137,11 @@ class Watched:
 
     @contextlib.contextmanager
     def _noting(self, kind: Kind) -> Iterator[None]:
+        began_s = self._health.now_s()
         try:
             yield
         except StoreUnavailable as error:
-            self._health.failed(kind, error)
+            self._health.failed(kind, error, began_s)
             raise
         except (StoreError, FileNotFoundError):  # a refusal is an answer
             self._health.answered(kind)

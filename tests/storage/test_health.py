@@ -38,14 +38,14 @@ def test_an_outage_has_two_lines_however_many_calls_meet_it(
     health: Health, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     health.answered("read")
-    threads = [threading.Thread(target=health.failed, args=("read", AWAY)) for _ in range(20)]
+    threads = [threading.Thread(target=health.failed, args=("read", AWAY, clock())) for _ in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert health.problem == "can not read a: it is away"
     clock.now_s += 60
-    health.failed("read", AWAY)
+    health.failed("read", AWAY, clock())
     assert health.away_s() == 60
     assert health.summary() == "the store s3://bucket/store: reads fail, for 60 s; the log says why"
     clock.now_s += QUIET_S
@@ -65,7 +65,7 @@ def test_a_store_that_takes_every_other_call_has_one_outage(
     health: Health, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(50):
-        health.failed("read", AWAY)
+        health.failed("read", AWAY, clock())
         clock.now_s += QUIET_S / 2
         health.answered("read")
     assert health.problem
@@ -73,16 +73,31 @@ def test_a_store_that_takes_every_other_call_has_one_outage(
 
 
 def test_reads_do_not_hide_that_writes_fail(health: Health, clock: Clock) -> None:
-    health.failed("write", AWAY)
+    health.failed("write", AWAY, clock())
     clock.now_s += 2 * QUIET_S
     health.answered("read")
     assert health.problem
     health.answered("write")
     assert not health.problem
-    health.failed("write", AWAY)
+    health.failed("write", AWAY, clock())
     clock.now_s += STALE_S + 1
     health.answered("read")
     assert not health.problem, "nobody has tried to write for a minute: it is not known any more"
+
+
+def test_a_call_that_waited_through_an_outage_begins_no_new_one(
+    health: Health, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    began_s = clock()
+    clock.now_s += 1
+    health.failed("read", AWAY, began_s)
+    clock.now_s += QUIET_S
+    health.answered("read")
+    health.failed("write", AWAY, began_s)
+    assert not health.problem
+    assert len(caplog.records) == 2
+    health.failed("write", AWAY, clock())
+    assert health.problem
 
 
 def test_what_a_store_refuses_is_an_answer(tmp_path: Path, health: Health, clock: Clock) -> None:
