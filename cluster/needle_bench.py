@@ -11,7 +11,7 @@ import random
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -32,7 +32,7 @@ from titanmem.needles import Needle, hide, read_needles
 from titanmem.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDLES = ROOT / "benchmarks" / "needles" / "heldout.jsonl"
+NEEDLES = ROOT / "benchmarks" / "needles" / "plain.jsonl"
 HAYSTACK = ROOT / "examples" / "decline-and-fall.txt.xz"
 HAYSTACK_CHARS_MAX = 12_000_000
 REPLY_TOKENS_MAX = 40
@@ -74,6 +74,12 @@ def passes_of(consolidate: int | None) -> int:
     return PASSES if Config().consolidate_after_s else 0
 
 
+def choose(needles: Sequence[Needle], count: int, rng: random.Random) -> list[Needle]:
+    """At most `count` needles, no two of which have the same question: one would take the place of the other."""
+    by_question = {needle.question: needle for needle in rng.sample(needles, len(needles))}
+    return list(by_question.values())[:count]
+
+
 def run_needle_bench(options: NeedleOptions, report: Report = lambda what, share: None) -> dict[str, Any]:
     """The result of the contract: `{"mode", "rule", "chunk_size", "window", "lengths": [...]}`."""
     return asyncio.run(_run(options, report))
@@ -109,7 +115,7 @@ async def _run(options: NeedleOptions, report: Report) -> dict[str, Any]:
                 measured = []
                 for run in range(options.runs):
                     rng = random.Random(f"{options.seed}/{length}/{run}")
-                    chosen = [needles[i] for i in rng.sample(range(len(needles)), min(facts, len(needles)))]
+                    chosen = choose(needles, facts, rng)
                     key = UserKey("bench", f"n{length}f{facts}r{run}")
                     one = _Run(keeper, tokenizer, key, chosen, options)
                     done = (index * options.runs + run) * share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 
 from cluster.conversation_bench import FOLDER, ConversationOptions, read_rows, run_conversation_bench
 from cluster.kvcache_bench import FullAttention, KvCacheOptions, run_kvcache_bench
-from cluster.needle_bench import NeedleOptions, run_needle_bench
+from cluster.needle_bench import NEEDLES, NeedleOptions, choose, run_needle_bench
 from tests.tiny_model import tiny_config, tiny_decoder, tiny_folder
+from titanmem.needles import read_needles
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,15 @@ def test_needles_are_hidden_read_and_asked_for(folder: Path, tmp_path: Path) -> 
     assert (row["tokens"], row["queries"], row["recall"]) == (600, 8, 0.0)
     assert row["written_share"] > 0
     assert result["mode"] == "mag"
+
+
+def test_no_run_has_two_answers_to_one_question() -> None:
+    needles = read_needles(NEEDLES)
+    for seed in range(20):
+        chosen = choose(needles, 40, random.Random(seed))
+        assert len({needle.question for needle in chosen}) == 40
+        assert {needle.family for needle in chosen} >= {"number", "word", "chat", "person"}
+    assert sum(needle.family == "passkey" for needle in choose(needles, len(needles), random.Random(0))) == 1
 
 
 def test_a_conversation_is_scored_by_what_stands_in_the_replies(folder: Path, tmp_path: Path) -> None:
