@@ -19,7 +19,6 @@ from torch import Tensor
 from kernels.sparse import delta_errors
 from titanmem.decoder import Decoder
 from titanmem.stream import EITHER, REPLY, STATEMENT, UNLIKELY, WRITTEN, Batch
-from titanmem.token_memory import unit_rms
 
 SCORES_MAX = 2**26
 """Scores of (place, token of the vocabulary) in a step, at most, some times over."""
@@ -41,9 +40,6 @@ class Weights:
     """Scale of similarities in the contrastive loss."""
     nothing: float = 0.5
     """Similarity under which nothing is found: a query for what nobody told must stay below it with every key."""
-    blur: float = 0.9
-    """Most of a random direction that is mixed into queries of length 1 behind the first token of a value. Users ask
-    in words that training has not, and find what they ask for less clearly: what has begun is to be finished."""
     shape_below: bool = True
     """Whether replies shape the lower layers too. Where a teacher has, keys and queries alone may move them."""
     negatives: float = 4.0
@@ -76,13 +72,6 @@ def chosen(mask_BT: Tensor, most: int, generator: torch.Generator) -> Tensor:
 def mean(x_N: Tensor) -> Tensor:
     """The mean, and 0 for nothing: a short batch may ask for no fact at all."""
     return x_N.sum() / max(1, len(x_N))
-
-
-def blurred(query_QD: Tensor, most_Q: Tensor, generator: torch.Generator) -> Tensor:
-    """Queries of which a random direction is a part, up to `most_Q` times as long as the query."""
-    aside_QD = F.normalize(torch.randn(query_QD.shape, generator=generator), dim=-1)
-    share_Q = most_Q * torch.rand(len(query_QD), generator=generator)
-    return unit_rms(F.normalize(query_QD, dim=-1) + share_Q[:, None] * aside_QD)
 
 
 def memory_of(decoder: Decoder, white_NF: Tensor, values_ND: Tensor, weight_N: Tensor, group_N: Tensor):
@@ -134,8 +123,7 @@ def step_loss(
     # A vocabulary of 150,000 is scored at fewer places, so that a step needs no more than some hundred MB.
     most = min(640, SCORES_MAX // len(values_VD))
     reading = chosen(spoken & ((part == REPLY) | others | recall), most, generator)
-    begun = F.pad(recall[:, :-1], (1, 0)).flatten()[reading]
-    query_QF = memory.whitened(blurred(query[reading], weights.blur * begun, generator))
+    query_QF = memory.whitened(query[reading])
     query_QH = dense(*memory.code_of(query_QF.detach()), decoder.config.memory.code_width)
     read_QD = ((query_QH @ code_NH.T) * (group[reading][:, None] == group[written][None])) @ error_ND
     read = torch.zeros(rows * length, read_QD.shape[1]).index_copy(0, reading, read_QD)

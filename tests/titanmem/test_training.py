@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 
 from kernels import ops
 from tests.tiny_model import TEXT, tiny_config, tiny_decoder
-from titanmem import objective
 from titanmem.corpus import read_text, token_stream, train_tokenizer, words_of
 from titanmem.decoder_config import SERVED
 from titanmem.facts import FAMILIES, FactMaker, Theme, Words, is_heldout
@@ -22,7 +21,7 @@ from titanmem.folder import load_decoder
 from titanmem.lookahead import Skim
 from titanmem.muon import orthogonalized
 from titanmem.needles import Needle, heldout_needles, hide, read_needles, write_needles
-from titanmem.objective import Weights, blurred, memory_of, step_loss
+from titanmem.objective import Weights, memory_of, step_loss
 from titanmem.phrasebook import FOLDER, load
 from titanmem.schedule import learning_rate
 from titanmem.skim_training import train_skim
@@ -275,29 +274,6 @@ def test_gradients_reach_keys_values_gate_and_layers(batches, mode):
         gradient = decoder.get_parameter(name).grad
         assert gradient is not None, name
         assert float(gradient.abs().max()) > 0, name
-
-
-def test_a_blurred_query_keeps_its_length_and_most_of_its_direction():
-    query_QD = torch.randn(64, 16)
-    most_Q = torch.tensor([0.0, 0.9]).repeat(32)
-    blurred_QD = blurred(query_QD, most_Q, torch.Generator().manual_seed(0))
-    assert torch.allclose(blurred_QD.square().mean(1), torch.ones(64), atol=1e-5)
-    cosine_Q = torch.cosine_similarity(query_QD, blurred_QD, dim=1)
-    assert torch.allclose(cosine_Q[::2], torch.ones(32), atol=1e-5), "asked for clearly"
-    assert cosine_Q[1::2].min() < 0.9
-    assert cosine_Q[1::2].min() > 0.4
-
-
-def test_only_behind_a_values_first_token_is_the_query_blurred(batches, monkeypatch):
-    seen = []
-    monkeypatch.setattr(objective, "blurred", lambda query, most, generator: seen.append(most) or query)
-    batch = batches.make()
-    step_loss(tiny_decoder(), batch, Weights(), torch.Generator().manual_seed(0))
-    later = batch.recall[: batch.spoken, 1:-1] & batch.recall[: batch.spoken, 2:]
-    ended = batch.recall[: batch.spoken, 1:-1] & ~batch.recall[: batch.spoken, 2:]
-    assert later.sum() > 0
-    assert later.sum() <= (seen[0] > 0).sum() <= later.sum() + ended.sum()
-    assert torch.equal(seen[0].unique(), torch.tensor([0.0, Weights().blur]))
 
 
 def test_skimming_learns_what_is_to_be_written(tokenizer):
