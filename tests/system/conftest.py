@@ -112,7 +112,7 @@ def asked(world: World, returned: object) -> dict[str, list[Said]]:
 @pytest.fixture(scope="module")
 def backups(world: World, asked: object) -> Backups:
     """Snapshots in a folder and in S3."""
-    memory, s3_url = world.exported(), world.s3.url("backups", "titanmem")
+    memory, s3_url = world.rested(), world.s3.url("backups", "titanmem")
     urls = [f"file://{world.folder}/elsewhere", s3_url]
     made = {
         url: succeeded("snapshot", "create", "--target", url, "--json", "--url", world.server.url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from cluster.config import Config
 from storage.memory import Memory
 from storage.titanmem import decode
 from tests.servers import S3Server
@@ -26,6 +28,8 @@ NOTE = (
     "a-note",
     b"The meeting with the printer is on Thursday, and the proofs are to be read by then.\n" * 8,
 )
+
+RESTED_WITHIN_S = 240.0
 
 
 def succeeded(*arguments: str) -> dict[str, Any]:
@@ -82,6 +86,14 @@ class World:
         file = self.folder / "u1.titanmem"
         succeeded("users", "export", "u1", str(file), "--json", "--url", self.server.url)
         return decode(file.read_bytes(), name=file.name)
+
+    def rested(self) -> Memory:
+        """u1's memory when all of it has been consolidated: it stays as it is until somebody tells more."""
+        until = time.monotonic() + RESTED_WITHIN_S
+        while (memory := self.exported()).stats["consolidated"] < memory.stats["tokens_written"]:
+            assert time.monotonic() < until, f"not consolidated within {RESTED_WITHIN_S:g} s: {memory.stats}"
+            time.sleep(Config().consolidate_after_s + 3.0)  # whoever asks keeps it awake
+        return memory
 
     def document(self, name: str) -> str:
         """A file with one of the two parts of the book."""
