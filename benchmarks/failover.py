@@ -24,6 +24,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import ray
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -149,6 +151,7 @@ def on_several_nodes(losses: int, freezes: int, seed: int) -> dict[str, Any]:
         with nodes(config, Path(folder), NODES) as cluster, Signals() as signals:
             config = Config(**{**config.to_dict(), "ray_address": cluster.address})
             server = ClusterServer(config, lambda _: None, signals)
+            ray.shutdown()  # `nodes` has connected; the server does so itself
             try:
                 server.start()
                 plan = [("node killed", loss_of(cluster))] * losses + [
