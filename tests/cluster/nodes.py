@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 from ray.cluster_utils import Cluster
 
 from cluster.config import Config
@@ -137,6 +138,8 @@ def nodes(config: Config, folder: Path, count: int, *, fault: str = "", **env: s
     prepare_environment(config)
     # Sockets lie in Ray's folder, and their paths may not be long.
     ray_folder = tempfile.mkdtemp(prefix="tm-", dir="/tmp")
+    # `Cluster` notes its address in Ray's own folder, which nobody has made on a machine where Ray never ran.
+    Path(get_default_ray_temp_dir()).mkdir(mode=0o777, parents=True, exist_ok=True)
     cluster = Cluster()
     found = None
     try:
