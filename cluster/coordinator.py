@@ -49,6 +49,7 @@ class Coordinator:
             str(config.model_folder),
             spares=config.spares,
             anywhere=config.durability != "local",
+            shards_on=lambda node: sum(watcher.node == node for watcher in self._watchers),
         )
         self._spares: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()

@@ -41,10 +41,19 @@ class Process:
 class Processes:
     """Of one coordinator, on its event loop."""
 
-    def __init__(self, open_keeper: str, model: str, *, spares: int, anywhere: bool) -> None:
-        """`spares`: how many on each node. `anywhere`: a shard may go on on another node than its journal's."""
+    def __init__(
+        self,
+        open_keeper: str,
+        model: str,
+        *,
+        spares: int,
+        anywhere: bool,
+        shards_on: Callable[[str], int] = lambda node: 0,
+    ) -> None:
+        """`spares`: how many on each node. `anywhere`: a shard may go on on another node than its journal's, then on
+        the one with the fewest, by `shards_on(node)`: a node that is lost shall take few of them with it."""
         self._kind = open_keeper, model
-        self._wanted, self._anywhere = spares, anywhere
+        self._wanted, self._anywhere, self._shards_on = spares, anywhere, shards_on
         self._spares: list[Process] = []
 
     @property
@@ -54,7 +63,7 @@ class Processes:
 
     async def take(self, node: str = "") -> Process:
         """A process for a shard that was on `node`: a spare there, or elsewhere if that may be, or a new one."""
-        for spare in sorted(self._spares, key=lambda spare: spare.node != node):
+        for spare in sorted(self._spares, key=lambda it: (it.node != node, self._shards_on(it.node))):
             if spare.node != node and not (self._anywhere and node):
                 continue
             self._spares.remove(spare)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.sparse import delta_errors
 from titanmem.decoder import Decoder
+from titanmem.precision import quick_products
 from titanmem.stream import EITHER, REPLY, STATEMENT, UNLIKELY, WRITTEN, Batch
 
 SCORES_MAX = 2**26
@@ -77,7 +78,8 @@ def mean(x_N: Tensor) -> Tensor:
 def memory_of(decoder: Decoder, white_NF: Tensor, values_ND: Tensor, weight_N: Tensor, group_N: Tensor):
     """Codes of the written tokens [N, H] and their weighted errors w e [N, D], each group a memory of its own."""
     code_NH = dense(*decoder.memory.code_of(white_NF), decoder.config.memory.code_width)
-    overlap_NN = (code_NH @ code_NH.T) * (group_N[:, None] == group_N[None])
+    with quick_products():
+        overlap_NN = (code_NH @ code_NH.T).float() * (group_N[:, None] == group_N[None])
     error_ND = delta_errors(overlap_NN, values_ND, weight_N)
     return code_NH, weight_N[:, None] * error_ND
 
@@ -100,9 +102,11 @@ def step_loss(
     recall, nothing = torch.from_numpy(batch.recall)[:, 1:], torch.from_numpy(batch.nothing)[:, 1:]
     spoken = (torch.arange(rows) < batch.spoken)[:, None]
 
-    x, hidden = decoder.lower_blocks(inputs)
+    with quick_products():
+        x, hidden = decoder.lower_blocks(inputs)
+        around = memory.lookahead(hidden).float()
     x = x if weights.shape_below else x.detach()
-    around = memory.lookahead(hidden)
+    hidden = hidden.float()
     key = memory.keys(hidden, around).flatten(0, 1)
     query = memory.queries(hidden, decoder.zeros(rows, decoder.config.memory.conv)).flatten(0, 1)
     gate = memory.gate_logit(around)
@@ -125,23 +129,27 @@ def step_loss(
     reading = chosen(spoken & ((part == REPLY) | others | recall), most, generator)
     query_QF = memory.whitened(query[reading])
     query_QH = dense(*memory.code_of(query_QF.detach()), decoder.config.memory.code_width)
-    read_QD = ((query_QH @ code_NH.T) * (group[reading][:, None] == group[written][None])) @ error_ND
+    with quick_products():
+        shared_QN = (query_QH @ code_NH.T).float()
+    read_QD = (shared_QN * (group[reading][:, None] == group[written][None])) @ error_ND
     read = torch.zeros(rows * length, read_QD.shape[1]).index_copy(0, reading, read_QD)
 
     shown = batch.spoken * length
-    out = decoder.upper_blocks(x[: batch.spoken], read[:shown].view(batch.spoken, length, -1), mode).flatten(
-        0, 1
-    )
+    with quick_products():
+        said = read[:shown].view(batch.spoken, length, -1)
+        out = decoder.upper_blocks(x[: batch.spoken], said, mode).flatten(0, 1).float()
     heard = torch.rand(part.shape, generator=generator) < 0.2
     places = chosen(spoken & (heard | (part == REPLY) | recall), 2 * most + 256, generator)
-    logits = decoder.logits(out[places], read[places], values_VD)
+    with quick_products():
+        logits = decoder.lm_head(out[places]).float()
+    logits = logits + memory.pointer_logits(out[places], read[places], values_VD)
     entropy = F.cross_entropy(logits, target.flatten()[places], reduction="none")
     remembered = recall.flatten()[places]
     if decoder.lm_head.weight.requires_grad:
         language = mean(entropy[~remembered])
     else:  # a frozen decoder knows its language: where it is not to recall, it shall speak as it does alone
         aside = places[~remembered]
-        with torch.no_grad():
+        with torch.no_grad(), quick_products():
             silent = torch.zeros(batch.spoken, length, read.shape[1])
             alone = decoder.lm_head(
                 decoder.upper_blocks(x[: batch.spoken], silent, mode).flatten(0, 1)[aside]

@@ -16,8 +16,9 @@ from torch import nn
 from titanmem.corpus import paragraphs, read_text, token_stream, train_tokenizer, words_of
 from titanmem.decoder import Decoder
 from titanmem.decoder_config import DecoderConfig
+from titanmem.errors import ModelFolderError
 from titanmem.facts import FactMaker, Words
-from titanmem.folder import load_base, save_decoder, save_memory
+from titanmem.folder import load_base, load_decoder, save_decoder, save_memory
 from titanmem.phrasebook import FOLDER, PhraseBook, capitalised, load
 from titanmem.speech import ANSWER, UNKNOWN, Speech
 from titanmem.teacher import Lessons, Teacher, sentences_of, start_embedding
@@ -50,19 +51,26 @@ class Start:
 
 
 def from_scratch(config: TrainConfig, decoder_config: DecoderConfig, words: Words | None = None) -> Start:
-    """A model of our own, of start values. The tokenizer is kept in `out`, so that a resumed run has the same."""
+    """A model of our own, of start values or of those of `config.start`, whose config it then has.
+
+    The tokenizer is kept in `out`, so that a resumed run has the same. Raises ModelFolderError for a start that is no
+    model folder of ours.
+    """
     texts = [read_text(path) for path in config.data]
     words, phrases = words or _words(texts), load(config.phrases or FOLDER)
+    decoder = initialised(decoder_config) if config.start is None else _ours(config.start)
     path = config.out / "tokenizer.json"
     if config.resume and path.is_file():
         tokenizer = Tokenizer.from_file(str(path))
     else:
-        lines = (line for text in texts for line in paragraphs(text))
-        samples = spoken_samples(words, phrases, TOKENIZER_SAMPLES)
-        tokenizer = train_tokenizer(chain(lines, samples), decoder_config.vocab_size)
+        if config.start is not None:
+            tokenizer = Tokenizer.from_file(str(config.start / "tokenizer.json"))
+        else:
+            lines = (line for text in texts for line in paragraphs(text))
+            samples = spoken_samples(words, phrases, TOKENIZER_SAMPLES)
+            tokenizer = train_tokenizer(chain(lines, samples), decoder_config.vocab_size)
         config.out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(path))
-    decoder = initialised(decoder_config)
     start = Start(
         decoder=decoder,
         trained=decoder,
@@ -130,6 +138,13 @@ def initialised(config: DecoderConfig) -> Decoder:
     return decoder
 
 
+def _ours(folder: Path) -> Decoder:
+    """A model of our own, to be trained on."""
+    if not DecoderConfig.load_alone(folder).remembers:
+        raise ModelFolderError(f"{folder}: another maker's checkpoint; train a memory for it (--model)")
+    return load_decoder(folder).train().requires_grad_(True)
+
+
 def _taught(config: TrainConfig, folder: Path, start: Start, tokenizer: Tokenizer) -> Lessons:
     """The teacher's lessons, and token embeddings that start at what it says of words.
 
@@ -143,12 +158,21 @@ def _taught(config: TrainConfig, folder: Path, start: Start, tokenizer: Tokenize
         np.savez(kept, sentences=np.array(sentences), places=teacher.embedded(sentences), start=embedding)
     with np.load(kept) as file:
         sentences, places, embedding = file["sentences"].tolist(), file["places"], file["start"]
-    with torch.no_grad():
-        decoder.embed_tokens.weight[: len(embedding)] = torch.from_numpy(embedding)
-        # Keys begin as what the teacher says of the whole sentence; what stands just before comes later.
-        decoder.memory.key_proj.weight.mul_(0.05)
-        torch.nn.init.normal_(decoder.memory.around_proj.weight, std=0.02)
-    return Lessons(start.speech, sentences, places, decoder.config.memory.key_dim, config.seed)
+    lessons = Lessons(start.speech, sentences, places, decoder.config.memory.key_dim, config.seed)
+    if config.start is None:
+        _placed(decoder, embedding)
+    else:
+        lessons.turn_to(decoder)
+    return lessons
+
+
+@torch.no_grad()
+def _placed(decoder: Decoder, embedding: np.ndarray) -> None:
+    """Start values that hold what the teacher says of words."""
+    decoder.embed_tokens.weight[: len(embedding)] = torch.from_numpy(embedding)
+    # Keys begin as what the teacher says of the whole sentence; what stands just before comes later.
+    decoder.memory.key_proj.weight.mul_(0.05)
+    torch.nn.init.normal_(decoder.memory.around_proj.weight, std=0.02)
 
 
 def _sentences(config: TrainConfig, start: Start) -> Sequence[str]:

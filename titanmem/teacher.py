@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from titanmem.decoder import Decoder
+from titanmem.precision import quick_products
 from titanmem.speech import Speech
 
 WORDS_MIN, WORDS_MAX = 4, 28
@@ -33,6 +34,8 @@ BATCH = 64
 CHAT = 0.7
 """Share of sentences that stand in a chat turn and are asked for; the others are lines of a document."""
 _SENTENCE = re.compile(r"(?<=[.!?])[\"'”’]*\s+")
+TURN_ROWS, TURN_TOKENS = 64, 256
+"""Rows of sentences that say which way a model's places are turned."""
 _SAMPLE = 20_000
 """Sentences that the principal axes are taken of."""
 
@@ -117,6 +120,19 @@ class Lessons:
         self.places = F.normalize((rows - mean) @ axes.T, dim=-1)
         """[N, D], unit norm."""
 
+    @torch.no_grad()
+    def turn_to(self, decoder: Decoder) -> None:
+        """Turn all places so that they agree best with what a decoder has learned of other lessons.
+
+        Which principal axis comes first, and which way it points, is chance: a model that is trained on would have to
+        turn all it knows. The rotation is the orthogonal Procrustes solution (Schoenemann 1966).
+        """
+        lesson = self.make(TURN_ROWS, TURN_TOKENS)
+        pairs = [(x[index >= 0], self.places[index[index >= 0]]) for x, index in _answered(decoder, lesson)]
+        overlap_DD = torch.stack([places.T @ F.normalize(x, dim=-1) for x, places in pairs]).sum(0)
+        left, _, right = torch.linalg.svd(overlap_DD)
+        self.places = self.places @ left @ right
+
     def make(self, rows: int, length: int) -> Lesson:
         """Rows of `length` tokens, filled with sentences to the end."""
         filled = [self._row(length) for _ in range(rows)]
@@ -143,14 +159,21 @@ class Lessons:
         return tokens[:length], seen[:length], asked[:length]
 
 
+def _answered(decoder: Decoder, lesson: Lesson) -> list[tuple[Tensor, Tensor]]:
+    """What is seen and what is asked for at each token [B, T, D], and of which sentence [B, T], -1 none."""
+    memory = decoder.memory
+    with quick_products():
+        _, hidden = decoder.lower_blocks(lesson.tokens)
+        around = memory.lookahead(hidden).float()
+    key = memory.around_proj(around)
+    query = memory.queries(hidden.float(), decoder.zeros(len(lesson.tokens), decoder.config.memory.conv))
+    return [(key, lesson.seen), (query, lesson.asked)]
+
+
 def lesson_loss(decoder: Decoder, lesson: Lesson, lessons: Lessons) -> Tensor:
     """Mean distance 1 - cosine of what is seen, and of what is asked for, to where the teacher has the sentence."""
-    memory = decoder.memory
-    _, hidden = decoder.lower_blocks(lesson.tokens)
-    key = memory.around_proj(memory.lookahead(hidden))
-    query = memory.queries(hidden, decoder.zeros(len(lesson.tokens), decoder.config.memory.conv))
     distances = [
         1 - F.cosine_similarity(x[index >= 0], lessons.places[index[index >= 0]], dim=-1).mean()
-        for x, index in ((key, lesson.seen), (query, lesson.asked))
+        for x, index in _answered(decoder, lesson)
     ]
     return torch.stack(distances).sum()

@@ -37,7 +37,8 @@ SMALL = DecoderConfig(vocab_size=8192, memory=MemorySpec(code_active=128, reserv
 SKIM_ROWS = 96
 """Rows of one batch for the skim."""
 LESSONS_ONLY = 0.2
-"""Share of the time that is spent on the teacher's lessons alone, before the rest begins."""
+"""Share of the time that is spent on the teacher's lessons alone, before the rest begins; none where a model is trained
+on (`TrainConfig.start`)."""
 LESSON_ROWS, LESSON_ROWS_LATER = 16, 5
 """Rows of sentences in a step of the first part, and beside everything else."""
 LESSON_WEIGHT = 4.0
@@ -102,7 +103,7 @@ class Trainer:
         """One step of the optimisers; its figures."""
         progress = self.spent_s / (60.0 * self.config.minutes)
         figures, losses, lessons = {}, [], self.start.lessons
-        alone = lessons is not None and progress < LESSONS_ONLY
+        alone = lessons is not None and self.config.start is None and progress < LESSONS_ONLY
         rate = learning_rate(progress, self.step, self.config.warmup_steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -19,6 +19,8 @@ class TrainConfig:
     memory: MemorySpec = field(default_factory=lambda: MemorySpec(code_active=128, reservoir=2048))
     memory_layer: int = 0
     """Memory of such a checkpoint, and the first layer that sees it; 0 is half of the layers."""
+    start: Path | None = None
+    """Model folder of ours whose weights and tokenizer the run begins with, instead of start values."""
     data: tuple[Path, ...]
     """Text files, plain or .xz, that the model may see."""
     phrases: Path | None = None
@@ -56,6 +58,10 @@ class TrainConfig:
                     raise ValueError(f"train.{name}: {path} is not a file")
         if self.model is not None and self.teacher is not None:
             raise ValueError("train.teacher: a checkpoint of another maker knows what sentences mean")
+        if self.model is not None and self.start is not None:
+            raise ValueError(
+                "train.start: a memory for a checkpoint of another maker begins with start values"
+            )
         if self.phrases is not None and not self.phrases.is_dir():
             raise ValueError(f"train.phrases: {self.phrases} is not a folder")
         if self.lessons and self.teacher is None:

@@ -35,6 +35,10 @@ def train(
         Path | None,
         typer.Option("--model", help="Checkpoint folder to train a memory for; its weights stay."),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option("--start", help="Model folder of ours whose weights --out begins with; default: none."),
+    ] = None,
     phrases: Annotated[
         Path | None, typer.Option("--phrases", help="Folder of a phrase book; default: the one that ships.")
     ] = None,
@@ -63,8 +67,8 @@ def train(
     from titanmem.train import TrainConfig, run
 
     config = TrainConfig(
-        out=folder, model=model, data=tuple(data), phrases=phrases, teacher=teacher, lessons=tuple(lessons or ()),
-        minutes=minutes, skim_steps=skim_steps, seed=seed, threads=threads, resume=resume,
+        out=folder, model=model, start=start, data=tuple(data), phrases=phrases, teacher=teacher,
+        lessons=tuple(lessons or ()), minutes=minutes, skim_steps=skim_steps, seed=seed, threads=threads, resume=resume,
     )  # fmt: skip
     last: dict[str, float] = {}
     bar = progress_bar(

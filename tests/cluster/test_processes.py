@@ -88,6 +88,14 @@ async def test_the_spare_on_the_same_node_comes_first(world: dict[str, list[Any]
     assert world["made"][-1] == (1, ""), "a new process takes a GPU"
 
 
+async def test_elsewhere_means_where_the_fewest_shards_are(world: dict[str, list[Any]]) -> None:
+    world["nodes"] = ["a", "b", "c"]
+    processes = await filled(anywhere=True)
+    processes._shards_on = {"a": 1, "b": 0, "c": 2}.__getitem__
+    taken = [(await processes.take("lost")).node for _ in range(3)]
+    assert taken == ["b", "a", "c"]
+
+
 async def test_a_journal_that_only_its_node_has_keeps_the_shard_there(world: dict[str, list[Any]]) -> None:
     processes = await filled(anywhere=False)
     assert (await processes.take("b")).node == "b"

@@ -11,12 +11,13 @@ import torch
 from tests.foreign_model import foreign_folder
 from tests.titanmem.test_training import WORDS
 from titanmem.corpus import read_text
+from titanmem.errors import ModelFolderError
 from titanmem.folder import load_decoder
 from titanmem.phrasebook import FOLDER, load
 from titanmem.schedule import optimizers
 from titanmem.spec import MemorySpec
-from titanmem.start import beside, spoken_samples
-from titanmem.train import Trainer
+from titanmem.start import beside, from_scratch, spoken_samples
+from titanmem.train import SMALL, Trainer
 from titanmem.train_config import TrainConfig
 
 BOOK = Path(__file__).parents[2] / "examples" / "decline-and-fall.txt.xz"
@@ -87,6 +88,16 @@ def test_only_the_memory_moves_and_a_run_goes_on(checkpoint: Path, phrases: Path
     for name, tensor in resumed.decoder.memory.state_dict().items():
         assert torch.equal(tensor, moved[name]), name
     assert torch.equal(load_decoder(checkpoint).memory.key_proj.weight, moved["key_proj.weight"])
+
+
+def test_another_makers_checkpoint_is_no_start(checkpoint: Path, phrases: Path, text: str) -> None:
+    asked = config(checkpoint, phrases, text, 1.0)
+    values = {n: getattr(asked, n) for n in TrainConfig.__slots__}
+    with pytest.raises(ValueError, match=r"train\.start"):
+        TrainConfig(**{**values, "start": checkpoint})
+    onward = TrainConfig(**{**values, "model": None, "out": checkpoint.parent / "new", "start": checkpoint})
+    with pytest.raises(ModelFolderError, match="another maker's checkpoint"):
+        from_scratch(onward, SMALL, WORDS)
 
 
 def test_frozen_weights_have_no_optimiser(checkpoint: Path, phrases: Path, text: str) -> None:

@@ -66,6 +66,13 @@ def test_lessons_are_learned_by_what_sees_and_by_what_asks(lessons, tmp_path):
             optimizer.step()
         losses.append(float(loss.detach()))
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:3])
+    # Other lessons put the same sentences elsewhere, by a rotation; turned, they are what has been learned.
+    learned = lessons.places
+    lessons.places = learned @ torch.linalg.qr(torch.randn(16, 16)).Q
+    strange = lesson_loss(decoder, lessons.make(8, 64), lessons)
+    lessons.turn_to(decoder)
+    assert lesson_loss(decoder, lessons.make(8, 64), lessons) < 0.6 * strange
+    assert torch.allclose(lessons.places @ lessons.places.T, learned @ learned.T, atol=1e-5)
 
 
 class Echo(Teacher):

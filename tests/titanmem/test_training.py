@@ -255,6 +255,14 @@ def test_a_run_learns_is_saved_and_resumes(tmp_path):
     assert resumed.step == 30
     for name, tensor in trainer.decoder.state_dict().items():
         assert torch.equal(tensor, resumed.decoder.state_dict()[name]), name
+    onward = TrainConfig(**{**vars_of(config), "out": tmp_path / "onward", "start": tmp_path / "model"})
+    start = from_scratch(onward, tiny_config(vocab_size=500), WORDS)
+    assert start.decoder.config == tiny_config(), "the config is the start's"
+    first, second = (Tokenizer.from_file(str(tmp_path / f / "tokenizer.json")) for f in ("model", "onward"))
+    assert first.to_str() == second.to_str()
+    kept = load_decoder(tmp_path / "model").state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in start.decoder.state_dict().items())
+    assert np.isfinite(Trainer(onward, start).advance()["loss"])
 
 
 def vars_of(config: TrainConfig) -> dict[str, object]:
