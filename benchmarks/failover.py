@@ -4,10 +4,10 @@
 
 Two shards with the shipped model and the default keeper serve a dozen users through the HTTP door. First one machine:
 `titanmem serve`, and one shard's process after the other is ended by SIGKILL. Then a Ray cluster of a head and three
-nodes, `durability` sync, a journal folder for each node: a node with a shard is killed with all its processes
-(`--losses`), or frozen (`--freezes`). At that moment one of the shard's users, who has nothing on its way, asks: what
-counts is when that user has a good answer. What all others get meanwhile is counted too, the users of the shard and
-those of the other one apart. In the end every acknowledged update must be known.
+nodes, `durability` sync, a journal folder for each node, the store on a real redis-server: a node with a shard is
+killed with all its processes (`--losses`), or frozen (`--freezes`). At that moment one of the shard's users, who has
+nothing on its way, asks: what counts is when that user has a good answer. What all others get meanwhile is counted too,
+the users of the node's shards and all others apart. In the end every acknowledged update must be known.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cluster.serve import Server as ClusterServer  # noqa: E402
 from cluster.serve import Signals, address  # noqa: E402
 from tests.cluster.load import Answer, Load, table  # noqa: E402
 from tests.cluster.nodes import Nodes, nodes  # noqa: E402
-from tests.servers import free_port  # noqa: E402
+from tests.servers import free_port, redis_server  # noqa: E402
 from tests.system.server import Server  # noqa: E402
 
 USERS = 8
@@ -149,10 +149,13 @@ def on_one_machine(kills: int, seed: int) -> dict[str, Any]:
 
 
 def on_several_nodes(losses: int, freezes: int, seed: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="titanmem-failover-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="titanmem-failover-") as folder,
+        redis_server(Path(folder)) as redis,
+    ):
         config = laptop(
             port=free_port(), shards=SHARDS, durability="sync", snapshot_interval_s=0, ray_address="to be known",
-            store=f"file://{folder}/store", journal_dir=f"{folder}/journal", snapshots=f"file://{folder}/snapshots",
+            store=redis.url("memories"), journal_dir=f"{folder}/journal", snapshots=f"file://{folder}/snapshots",
             keeper="tests.cluster.drill_keeper:open_keeper",
         )  # fmt: skip
         with nodes(config, Path(folder), NODES) as cluster, Signals() as signals:
