@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ NODES = 3
 SETTLE_TIMEOUT_S = 120.0
 SPARES = "titan:spare_processes"
 
-Fault = Callable[[dict[str, Any]], Awaitable[tuple[float, Callable[[], None]]]]
+Fault = Callable[[dict[str, Any]], Awaitable[tuple[float, Callable[[], object]]]]
 """Does it to the shard of that record: when it was done, and what brings the cluster back to what it was."""
 
 
@@ -62,7 +62,7 @@ async def settled(load: Load, spares: int) -> float:
     raise TimeoutError(f"the cluster has not settled within {SETTLE_TIMEOUT_S:g} s")
 
 
-async def drill(url: str, plan: list[tuple[str, Fault]], seed: int, spares: int) -> dict[str, Any]:
+async def drill(url: str, plan: Sequence[tuple[str, Fault]], seed: int, spares: int) -> dict[str, Any]:
     """One fault after the other, each when the cluster has settled; tables by the fault's name."""
     rng = random.Random(seed)
     load = Load(url=url, model=DEFAULT_MODEL_NAME, seed=seed)
@@ -173,7 +173,7 @@ def on_several_nodes(losses: int, freezes: int, seed: int) -> dict[str, Any]:
 
 
 def loss_of(cluster: Nodes) -> Fault:
-    async def lose(shard: dict[str, Any]) -> tuple[float, Callable[[], None]]:
+    async def lose(shard: dict[str, Any]) -> tuple[float, Callable[[], object]]:
         number = cluster.of(shard["node"])
         cluster.kill(number)
         return time.monotonic(), lambda: cluster.renew(number)
