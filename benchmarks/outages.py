@@ -72,7 +72,7 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         try:
             one.start()
             with Load(one.url, users) as load:
-                for number in range(options.jsonages):
+                for number in range(options.outages):
                     time.sleep(CALM_S + rng.uniform(0, CALM_S))
                     redis.kill()
                     began = time.monotonic()
@@ -104,13 +104,13 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             ("doubled tokens", doubled),
             ("errors seen by users", 0 if options.durability == "sync" else len(load.problems)),
             ("outages that /readyz was silent about", silent),
-            ("lines of the log more than two an outage", max(0, len(lines) - 2 * options.jsonages)),
+            ("lines of the log more than two an outage", max(0, len(lines) - 2 * options.outages)),
             ("tokens that another host did not know", sum(seen[user] - hopped[user] for user in users)),
         )
         if count
     ]
     return {
-        "outages": options.jsonages, "away_s": round(sum(end - start for start, end in away), 1),
+        "outages": options.outages, "away_s": round(sum(end - start for start, end in away), 1),
         "answers": len(load.waits), "answers_while_away": len(during), "errors": len(load.problems),
         "acknowledged_tokens": sum(load.tokens.values()), "lost_tokens": lost, "doubled_tokens": doubled,
         "wait_s": quantiles(calm), "wait_while_away_s": quantiles(during), "all_well_after_s": quantiles(recovered_s),
