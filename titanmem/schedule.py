@@ -13,7 +13,7 @@ from titanmem.train_config import TrainConfig
 
 MATRICES = ("layers.", "memory.lookahead.")
 """Where Muon takes the two-dimensional parameters."""
-TAUGHT_LATER = 0.4
+TAUGHT_LATER = 0.6
 """Speed of what a teacher has taught, once the rest is trained: at full speed 200 steps undid 600 of lessons."""
 
 

@@ -27,7 +27,7 @@ from titanmem.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-PHRASE_SAMPLES = 20_000
+PHRASE_SAMPLES = 40_000
 """Facts of the phrase book that lessons are about."""
 TOKENIZER_SAMPLES = 40_000
 """Facts of the phrase book that a tokenizer is made of, beside the texts."""

@@ -21,12 +21,10 @@ BOOK, STATEMENT, ASKED, REPLY = 0, 1, 2, 3
 """What a token is part of."""
 NOT_WRITTEN, WRITTEN, EITHER, UNLIKELY = 0, 1, 2, 3
 """Label of the write gate; EITHER is not trained, UNLIKELY is NOT_WRITTEN with little weight."""
-
-
 DOCUMENT_TOKENS = 256
 """Tokens of a row that teaches to skim: enough book text on both sides of a fact."""
-
-
+ASKED_AGAIN = 0.72
+"""Share of questions that are about something that the user told, where there is anything."""
 IN_VAIN = 8
 """Facts of a theme that a row has already, after which it takes any: a theme may have no more than a few."""
 
@@ -268,10 +266,10 @@ class BatchMaker:
     ) -> Piece:
         """A question and its answer: the value if the user told it, else that nobody did."""
         pick, chance = self.random.choice, self.random.random
-        if far and chance() < 0.8:
+        if far and chance() < ASKED_AGAIN:
             fact, ids = known[pick(far)]
         else:
-            fact, ids = self.facts.make(theme if chance() < 0.6 else None), []
+            fact, ids = self.facts.make(theme if chance() < 0.7 else None), []
             if fact.key in known:
                 return Piece()
         asked.add(fact.key)

@@ -39,7 +39,7 @@ SKIM_ROWS = 96
 LESSONS_ONLY = 0.2
 """Share of the time that is spent on the teacher's lessons alone, before the rest begins; none where a model is trained
 on (`TrainConfig.start`)."""
-LESSON_ROWS, LESSON_ROWS_LATER = 16, 5
+LESSON_ROWS, LESSON_ROWS_LATER = 16, 12
 """Rows of sentences in a step of the first part, and beside everything else."""
 LESSON_WEIGHT = 4.0
 MODES = {"mac": 0.5, "mag": 0.25, "mal": 0.25}

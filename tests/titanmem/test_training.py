@@ -284,6 +284,15 @@ def test_gradients_reach_keys_values_gate_and_layers(batches, mode):
         assert float(gradient.abs().max()) > 0, name
 
 
+def test_losses_are_those_of_float32_but_for_rounding(batches, monkeypatch):
+    decoder, batch, losses = tiny_decoder(), batches.make(), []
+    for found in (False, True):
+        monkeypatch.setattr("titanmem.precision.has_bfloat16_units", lambda found=found: found)
+        losses.append(float(step_loss(decoder, batch, Weights(), torch.Generator().manual_seed(0)).loss))
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_skimming_learns_what_is_to_be_written(tokenizer):
     torch.manual_seed(0)
     book = token_stream(
