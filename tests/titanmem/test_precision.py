@@ -24,7 +24,8 @@ def test_products_are_of_the_type_that_is_quick_here(monkeypatch, found, dtype):
         out = norm(layer(torch.ones(2, 8)))  # of mixed types, without a warning
     assert layer(torch.ones(2, 8)).dtype == torch.float32, "outside, nothing changes"
     out.sum().backward()
-    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
     with quick_products():
         assert layer(torch.ones(2, 8)).dtype == dtype
 
