@@ -218,9 +218,12 @@ def _contrast(
     cosine_KN, same_KN = cosine_QN[known_Q], same_QN[known_Q]
     nobody = cosine_KN.new_full((len(cosine_KN), 1), weights.nothing)
     logits = weights.temperature * torch.cat([cosine_KN, nobody], 1)
-    positive = torch.logsumexp(weights.temperature * cosine_KN.masked_fill(~same_KN, -10.0), 1)
+    own_KN = cosine_KN.masked_fill(~same_KN, -10.0)
+    positive = torch.logsumexp(weights.temperature * own_KN, 1)
     distance_K = 1 - (cosine_KN * same_KN).sum(1) / same_KN.sum(1).clamp_min(1)
-    found_K = (cosine_KN * same_KN).amax(1) >= logits.amax(1) / weights.temperature - 1e-6
+    # A short batch may tell nothing; then there is no column to take the largest of.
+    nearest_K = torch.cat([own_KN, nobody - 20.0], 1).amax(1)
+    found_K = nearest_K >= logits.amax(1) / weights.temperature - 1e-6
     far_MN = cosine_QN[nothing_Q].masked_fill(~own_QN[nothing_Q], -10.0)
     nobody = far_MN.new_full((len(far_MN), 1), weights.nothing)
     refusing = weights.temperature * torch.cat([far_MN, nobody], 1)

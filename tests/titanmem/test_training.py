@@ -244,15 +244,16 @@ def test_a_run_learns_is_saved_and_resumes(tmp_path):
         report_steps=2, skim_steps=2, threads=1,
     )  # fmt: skip
     assert set(words_of([read_text(text)]).names) >= set(WORDS.names[1:6])
+    torch.manual_seed(0)
     trainer = Trainer(config, from_scratch(config, tiny_config(), WORDS))
-    losses = [trainer.advance()["language"] for _ in range(30)]
+    losses = [trainer.advance()["language"] for _ in range(60)]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     trainer.save()
     assert load_decoder(tmp_path / "model").config == tiny_config()
     assert json.loads((tmp_path / "model" / "training.json").read_text())["config"]["seed"] == "0"
     again = TrainConfig(**{**vars_of(config), "resume": True})
     resumed = Trainer(again, from_scratch(again, tiny_config(), WORDS))
-    assert resumed.step == 30
+    assert resumed.step == 60
     for name, tensor in trainer.decoder.state_dict().items():
         assert torch.equal(tensor, resumed.decoder.state_dict()[name]), name
     onward = TrainConfig(**{**vars_of(config), "out": tmp_path / "onward", "start": tmp_path / "model"})
@@ -291,6 +292,18 @@ def test_losses_are_those_of_float32_but_for_rounding(batches, monkeypatch):
         losses.append(float(step_loss(decoder, batch, Weights(), torch.Generator().manual_seed(0)).loss))
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_a_batch_that_tells_nothing_has_losses_too(batches):
+    decoder, batch = tiny_decoder().requires_grad_(True), batches.make()
+    with torch.no_grad():
+        decoder.memory.gate_out.bias.fill_(-10.0)
+    batch.gate[:] = NOT_WRITTEN
+    batch.recall[:] = False
+    result = step_loss(decoder, batch, Weights(), torch.Generator().manual_seed(0))
+    result.loss.backward()
+    assert len(result.written_features_NF) == 0
+    assert all(np.isfinite(figure) for figure in result.figures.values())
 
 
 def test_skimming_learns_what_is_to_be_written(tokenizer):
