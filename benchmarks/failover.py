@@ -82,17 +82,16 @@ async def drill(url: str, plan: Sequence[tuple[str, Fault]], seed: int, spares: 
         records = (await load.get("/admin/shards")).json()["shards"]
         record = next(record for record in records if record["shard"] == shard)
         # A node takes all of its shards with it, a process its own.
-        beside = [r["shard"] for r in records if r is not record and r["node"] == record["node"]]
+        node = record["node"] if name.startswith("node") else None
+        beside = [r["shard"] for r in records if r is not record and r["node"] == node]
         began, undo = await fault(record)
         ended = await load.until_answered(rng.choice(probes[shard]))
         undo()  # Ray sets signals in it, so in the main thread
         outages.append((shard, began, ended))
-        if name.startswith("node"):
-            for other in beside:
-                outages.append((other, began, await load.until_answered(rng.choice(probes[other]))))
+        for other in beside:
+            outages.append((other, began, await load.until_answered(rng.choice(probes[other]))))
         took.setdefault(name, []).append(ended - began)
-        together = ", with " + ", ".join(beside) if beside and name.startswith("node") else ""
-        print(f"{name}, {shard}{together}: {ended - began:.2f} s", file=sys.stderr, flush=True)
+        print(f"{name}, {' and '.join([shard, *beside])}: {ended - began:.2f} s", file=sys.stderr, flush=True)
     await settled(load, spares)
     await load.stop()
     own, others = load.errors_during(outages, at)

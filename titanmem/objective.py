@@ -75,12 +75,17 @@ def mean(x_N: Tensor) -> Tensor:
     return x_N.sum() / max(1, len(x_N))
 
 
+def overlap(code_QH: Tensor, group_Q: Tensor, other_NH: Tensor, group_N: Tensor) -> Tensor:
+    """How much two lists of codes share, [Q, N]; nothing with another group's."""
+    with quick_products():
+        shared_QN = (code_QH @ other_NH.T).float()
+    return shared_QN * (group_Q[:, None] == group_N[None])
+
+
 def memory_of(decoder: Decoder, white_NF: Tensor, values_ND: Tensor, weight_N: Tensor, group_N: Tensor):
     """Codes of the written tokens [N, H] and their weighted errors w e [N, D], each group a memory of its own."""
     code_NH = dense(*decoder.memory.code_of(white_NF), decoder.config.memory.code_width)
-    with quick_products():
-        overlap_NN = (code_NH @ code_NH.T).float() * (group_N[:, None] == group_N[None])
-    error_ND = delta_errors(overlap_NN, values_ND, weight_N)
+    error_ND = delta_errors(overlap(code_NH, group_N, code_NH, group_N), values_ND, weight_N)
     return code_NH, weight_N[:, None] * error_ND
 
 
@@ -129,9 +134,7 @@ def step_loss(
     reading = chosen(spoken & ((part == REPLY) | others | recall), most, generator)
     query_QF = memory.whitened(query[reading])
     query_QH = dense(*memory.code_of(query_QF.detach()), decoder.config.memory.code_width)
-    with quick_products():
-        shared_QN = (query_QH @ code_NH.T).float()
-    read_QD = (shared_QN * (group[reading][:, None] == group[written][None])) @ error_ND
+    read_QD = overlap(query_QH, group[reading], code_NH, group[written]) @ error_ND
     read = torch.zeros(rows * length, read_QD.shape[1]).index_copy(0, reading, read_QD)
 
     shown = batch.spoken * length
@@ -218,12 +221,11 @@ def _contrast(
     cosine_KN, same_KN = cosine_QN[known_Q], same_QN[known_Q]
     nobody = cosine_KN.new_full((len(cosine_KN), 1), weights.nothing)
     logits = weights.temperature * torch.cat([cosine_KN, nobody], 1)
-    own_KN = cosine_KN.masked_fill(~same_KN, -10.0)
+    # One column more: a short batch may tell nothing, and there must be something to take the largest of.
+    own_KN = F.pad(cosine_KN.masked_fill(~same_KN, -10.0), (0, 1), value=-10.0)
     positive = torch.logsumexp(weights.temperature * own_KN, 1)
     distance_K = 1 - (cosine_KN * same_KN).sum(1) / same_KN.sum(1).clamp_min(1)
-    # A short batch may tell nothing; then there is no column to take the largest of.
-    nearest_K = torch.cat([own_KN, nobody - 20.0], 1).amax(1)
-    found_K = nearest_K >= logits.amax(1) / weights.temperature - 1e-6
+    found_K = own_KN.amax(1) >= logits.amax(1) / weights.temperature - 1e-6
     far_MN = cosine_QN[nothing_Q].masked_fill(~own_QN[nothing_Q], -10.0)
     nobody = far_MN.new_full((len(far_MN), 1), weights.nothing)
     refusing = weights.temperature * torch.cat([far_MN, nobody], 1)

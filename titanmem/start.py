@@ -22,7 +22,7 @@ from titanmem.folder import load_base, load_decoder, save_decoder, save_memory
 from titanmem.phrasebook import FOLDER, PhraseBook, capitalised, load
 from titanmem.speech import ANSWER, UNKNOWN, Speech
 from titanmem.teacher import Lessons, Teacher, sentences_of, start_embedding
-from titanmem.tokenizer import ChatTokenizer
+from titanmem.tokenizer import ChatTokenizer, load_tokenizer
 from titanmem.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -62,15 +62,14 @@ def from_scratch(config: TrainConfig, decoder_config: DecoderConfig, words: Word
     path = config.out / "tokenizer.json"
     if config.resume and path.is_file():
         tokenizer = Tokenizer.from_file(str(path))
+    elif config.start is not None:
+        tokenizer = load_tokenizer(config.start)
     else:
-        if config.start is not None:
-            tokenizer = Tokenizer.from_file(str(config.start / "tokenizer.json"))
-        else:
-            lines = (line for text in texts for line in paragraphs(text))
-            samples = spoken_samples(words, phrases, TOKENIZER_SAMPLES)
-            tokenizer = train_tokenizer(chain(lines, samples), decoder_config.vocab_size)
-        config.out.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(path))
+        lines = (line for text in texts for line in paragraphs(text))
+        samples = spoken_samples(words, phrases, TOKENIZER_SAMPLES)
+        tokenizer = train_tokenizer(chain(lines, samples), decoder_config.vocab_size)
+    config.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
     start = Start(
         decoder=decoder,
         trained=decoder,

@@ -82,7 +82,7 @@ class ChatTokenizer:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self._tokenizer = _load_tokenizer(self.folder)
+        self._tokenizer = load_tokenizer(self.folder)
         self._inner = _inner_tokenizer(self._tokenizer)
         """For text that is not the beginning of a prompt or document."""
         config = _load_json(self.folder, "tokenizer_config.json")
@@ -241,7 +241,8 @@ def write_chat_files(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(DEFAULT_TEMPLATE, "utf-8")
 
 
-def _load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The library's tokenizer of a folder. Raises ModelFolderError naming folder and file."""
     path = folder / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_str(path.read_text("utf-8"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -53,8 +53,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     return known
 
 
-async def filled(*, anywhere: bool, spares: int = 1) -> Processes:
-    processes = Processes("keeper:open", "model", spares=spares, anywhere=anywhere)
+async def filled(
+    *, anywhere: bool, spares: int = 1, shards_on: Callable[[str], int] = lambda node: 0
+) -> Processes:
+    processes = Processes("keeper:open", "model", spares=spares, anywhere=anywhere, shards_on=shards_on)
     task = asyncio.create_task(processes.keep(lambda: True))
     await asyncio.sleep(0.1)
     task.cancel()
@@ -90,8 +92,7 @@ async def test_the_spare_on_the_same_node_comes_first(world: dict[str, list[Any]
 
 async def test_elsewhere_means_where_the_fewest_shards_are(world: dict[str, list[Any]]) -> None:
     world["nodes"] = ["a", "b", "c"]
-    processes = await filled(anywhere=True)
-    processes._shards_on = {"a": 1, "b": 0, "c": 2}.__getitem__
+    processes = await filled(anywhere=True, shards_on={"a": 1, "b": 0, "c": 2}.__getitem__)
     taken = [(await processes.take("lost")).node for _ in range(3)]
     assert taken == ["b", "a", "c"]
 
