@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titanmem.attention import attended
 from titanmem.cache import Cache, window_mask
 from titanmem.decoder_config import DecoderConfig
 from titanmem.no_memory import NoMemory
@@ -64,14 +65,7 @@ class Attention(nn.Module):
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        if query.shape[2] == 1 and mask is not None:
-            # PyTorch's CPU kernel splits one query's keys by how busy its threads are, so that a row's bits would
-            # depend on its neighbours (tests/titanmem/test_decoder.py); the plain products do not.
-            score = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-            out = score.masked_fill(~mask, float("-inf")).softmax(-1) @ value
-        else:
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(attended(query, key, value, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titanmem.attention import attended
 from titanmem.rotary import rotary, rotated
 
 WIDTH, HEADS, FEED = 256, 4, 512
@@ -51,8 +52,8 @@ class Lookahead(nn.Module):
         turn = rotary(torch.arange(tokens, device=x.device), WIDTH // HEADS, THETA)
         query, key = rotated(self.q_norm(parts[0]), *turn), rotated(self.k_norm(parts[1]), *turn)
         mask = None if valid_BT is None else valid_BT[:, None, None]
-        attended = F.scaled_dot_product_attention(query, key, parts[2], attn_mask=mask)
-        x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
+        out = attended(query, key, parts[2], mask)
+        x = x + self.o_proj(out.transpose(1, 2).flatten(2))
         gate, up = self.gate_up_proj(self.mlp_norm(x)).chunk(2, -1)
         x = x + self.down_proj(F.silu(gate) * up)
         return F.rms_norm(x, (WIDTH,))

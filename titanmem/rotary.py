@@ -24,5 +24,6 @@ def rotary(
 
 def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Apply rotary positions to x [B, A, T, Z] (half-split layout, as Hugging Face's Llama)."""
+    cosine, sine = cosine.to(x.dtype), sine.to(x.dtype)
     first, second = x.chunk(2, -1)
     return x * cosine + torch.cat([-second, first], -1) * sine
