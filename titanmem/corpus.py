@@ -9,12 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from titanmem.facts import Words
 
 SPECIAL_TOKENS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 MIN_COUNT = 4
+DIGITS = r" ?\d{1,3}"
+"""What a number is cut into, from its front."""
 WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -27,10 +29,14 @@ def read_text(path: Path) -> str:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: any text has ids and comes back unchanged; each digit is a token of its own."""
+    """Byte-level BPE: any text has ids and comes back unchanged; digits come in threes, so that a number is recalled in
+    few steps."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(DIGITS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
