@@ -71,11 +71,15 @@ class Piece:
         self.recall += [False] * len(ids)
         self.nothing += [nothing and index == 0 for index in range(len(ids))]
 
-    def value(self, ids: Sequence[int], key: str, named: Sequence[int], told: bool) -> None:
-        """The tokens of a fact's value, where it is told or recalled; `named` are those that give them identities."""
+    def value(self, ids: Sequence[int], fact: Fact, named: Sequence[int], told: bool) -> None:
+        """The tokens of a fact's value, where it is told or recalled; `named` are those that give them identities.
+
+        What a correction has replaced has another identity: a question is to find the newest value, and the words of
+        a correction say that it is one.
+        """
         self.add(ids, STATEMENT if told else REPLY, WRITTEN if told else NOT_WRITTEN)
         for index in range(len(ids)):
-            name = f"{key}|{','.join(map(str, named[:index]))}"
+            name = f"{fact.key}|{fact.value.casefold()}|{','.join(map(str, named[:index]))}"
             self.identity[index - len(ids)] = 1 + xxhash.xxh3_64_intdigest(name.encode()) // 2**2
             self.recall[index - len(ids)] = not told
 
@@ -250,7 +254,7 @@ class BatchMaker:
         piece = Piece()
         piece.add(speech.user if chat else [], STATEMENT)
         piece.add(self.ids(before.rstrip(" ")), STATEMENT, UNLIKELY)
-        piece.value(ids, fact.key, recalled, told=True)
+        piece.value(ids, fact, recalled, told=True)
         again = "{v}" in after
         piece.add(self.ids(after.replace("{v}", value)), STATEMENT, EITHER if again else UNLIKELY)
         if chat:
@@ -285,7 +289,7 @@ class BatchMaker:
         piece.add([*speech.user, *self.ids(speech.lead + question.strip()), *speech.ended], ASKED)
         piece.add([*speech.assistant, *self.ids(pick(speech.answers))], REPLY)
         if ids:
-            piece.value(ids, fact.key, ids, told=False)
+            piece.value(ids, fact, ids, told=False)
             piece.add(self.ids("."), REPLY, nothing=True)
         else:
             piece.add(self.ids(UNKNOWN), REPLY, nothing=True)

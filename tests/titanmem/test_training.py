@@ -15,7 +15,7 @@ from kernels import ops
 from tests.tiny_model import TEXT, tiny_config, tiny_decoder
 from titanmem.corpus import read_text, token_stream, train_tokenizer, words_of
 from titanmem.decoder_config import SERVED
-from titanmem.facts import FAMILIES, FactMaker, Theme, Words, is_heldout
+from titanmem.facts import FAMILIES, Fact, FactMaker, Theme, Words, is_heldout
 from titanmem.fold import Encoder, fold
 from titanmem.folder import load_decoder
 from titanmem.lookahead import Skim
@@ -27,7 +27,7 @@ from titanmem.schedule import learning_rate
 from titanmem.skim_training import train_skim
 from titanmem.speech import UNKNOWN, Speech
 from titanmem.start import from_scratch, spoken_samples
-from titanmem.stream import BOOK, NOT_WRITTEN, REPLY, STATEMENT, WRITTEN, BatchMaker
+from titanmem.stream import BOOK, NOT_WRITTEN, REPLY, STATEMENT, WRITTEN, BatchMaker, Piece
 from titanmem.train import Trainer
 from titanmem.train_config import TrainConfig
 
@@ -159,27 +159,45 @@ def test_labels_mark_values_where_told_and_where_recalled(batches, tokenizer):
     assert UNKNOWN.strip() in said, "some questions are about what nobody told"
 
 
-def test_the_newest_value_is_the_one_that_is_asked_for(batches):
+def test_the_newest_value_is_the_one_that_is_asked_for(batches, monkeypatch):
     """A fact that is told twice is recalled with the value of the later row."""
+    meant: dict[int, tuple[str, str]] = {}
+    plain = Piece.value
+
+    def value(piece: Piece, ids: list[int], fact: Fact, named: list[int], told: bool) -> None:
+        plain(piece, ids, fact, named, told)
+        meant.update(dict.fromkeys(piece.identity[-len(ids) :], (fact.key, fact.value.casefold())))
+
+    monkeypatch.setattr(Piece, "value", value)
     corrected = 0
     for _ in range(30):
         batch = batches.make()
-        first_of: dict[tuple[int, int], list[int]] = {}
+        said: dict[tuple[int, str], list[str]] = {}
         for row in range(5):
-            written = (batch.gate[row] == WRITTEN).nonzero()[0]
-            for place in written:
-                first_of.setdefault((int(batch.group[row]), int(batch.identity[row, place])), []).append(
-                    int(batch.tokens[row, place])
-                )
+            for identity in batch.identity[row][batch.gate[row] == WRITTEN].tolist():
+                key, text = meant[identity]
+                said.setdefault((int(batch.group[row]), key), []).append(text)
         for row in range(5):
-            for place in batch.recall[row].nonzero()[0]:
-                told = first_of.get((int(batch.group[row]), int(batch.identity[row, place])), [])
-                if len(set(told)) > 1:
-                    # As told, or, where it began a text, as it stands behind a space.
-                    newest = {told[-1], batches.speech.spaced.get(told[-1], told[-1])}
-                    assert int(batch.tokens[row, place]) in newest
-                    corrected += 1
+            for identity in batch.identity[row][batch.recall[row]].tolist():
+                key, text = meant[identity]
+                told = said[int(batch.group[row]), key]
+                assert told[-1] == text
+                corrected += len(set(told)) > 1
     assert corrected > 3
+
+
+def test_a_value_keeps_its_identity_until_it_is_corrected(batches):
+    """However it is written; the tokens of what a correction replaced are no longer what a question asks for."""
+    fact = batches.facts.make()
+    other = batches.facts.corrected(fact)
+
+    def identities(said: Fact, told: bool) -> list[int]:
+        piece = Piece()
+        piece.value([7, 8], said, [7, 8], told)
+        return piece.identity
+
+    assert identities(fact, True) == identities(replace(fact, value=fact.value.upper()), False)
+    assert not set(identities(fact, True)) & set(identities(other, True))
 
 
 def test_the_memory_of_a_batch_is_the_memory_that_serves():
