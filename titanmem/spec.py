@@ -18,6 +18,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "conv": (1, 64),
     "persistent_tokens": (0, 256),
     "surprise_threshold": (0.05, 0.5),
+    "read_floor": (0.0, 0.9),
     "top_k_ratio": (0.002, 0.05),
     "chunk_size": (16, 8192),
     "window": (16, 65536),
@@ -110,6 +111,9 @@ class MemorySpec:
     surprise_threshold: float = 0.15
     """Normalised gradient norm under which a token is not written (`sparse`). 1 is `as surprising as to a memory
     that has learnt nothing`, for every model."""
+    read_floor: float = 0.0
+    """Norm of what is read up to which it counts as nothing (`last`): what was told in the same words reads at 1, what
+    was never told as what resembles it. Higher: fewer answers, and fewer wrong ones."""
     top_k_ratio: float = 0.02
     """Largest share of θ_M's written elements that one update may change (`sparse`)."""
     selection: str = "rows_columns"

@@ -19,6 +19,9 @@ from titanmem.code_memory import SharedFeatures
 from titanmem.lookahead import WIDTH, Lookahead, Skim
 from titanmem.spec import MemorySpec
 
+FAINT = 0.05
+"""How far above `MemorySpec.read_floor` what is read counts in full."""
+
 
 def unit_rms(x: Tensor) -> Tensor:
     """Scale the last axis to root mean square 1, without weights."""
@@ -83,18 +86,26 @@ class SparseMemory(SharedFeatures):
         """Value of each token of the vocabulary, unit norm, float32 [V, D]."""
         return F.normalize(self.value_proj(unit_rms(embedding_VE)).float(), dim=-1)
 
+    def heard(self, read_BTD: Tensor) -> Tensor:
+        """What was read, or zero where it is too faint to be more than a resemblance, [B, T, D]."""
+        floor = self.spec.read_floor
+        if floor == 0.0:
+            return read_BTD
+        norm_BT1 = read_BTD.norm(dim=-1, keepdim=True)
+        return read_BTD * ((norm_BT1 - floor) / FAINT).clamp(0.0, 1.0)
+
     def as_context(self, read_BTD: Tensor) -> Tensor:
         """What was read, as a token of the decoder's width for attention to see (mode `mac`), [B, T, E]."""
-        return self.out_scale * self.out_proj(read_BTD)
+        return self.out_scale * self.out_proj(self.heard(read_BTD))
 
     def as_gate(self, read_BTD: Tensor) -> Tensor:
         """What was read, as a factor in (0, 2) on what a layer adds (mode `mag`), [B, T, E]; 1 for nothing."""
-        return 2.0 * torch.sigmoid(self.mag_proj(read_BTD))
+        return 2.0 * torch.sigmoid(self.mag_proj(self.heard(read_BTD)))
 
     def pointer_logits(self, out_BTE: Tensor, read_BTD: Tensor, values_VD: Tensor) -> Tensor:
         """Logits that the memory adds: what was read, scored against the value of every token, float32 [B, T, V]."""
         strength = 8.0 * F.softplus(self.pointer(out_BTE).float())
-        return strength * (read_BTD.float() @ values_VD.T)
+        return strength * (self.heard(read_BTD).float() @ values_VD.T)
 
 
 def _convolved(projected_BSD: Tensor, taps_DC: Tensor) -> Tensor:
