@@ -39,6 +39,11 @@ class Weights:
     gate: float = 3.0
     temperature: float = 20.0
     """Scale of similarities in the contrastive loss."""
+    share: float = 2.0
+    share_temperature: float = 8.0
+    """The own key shall not only be nearest. A read is a sum over all keys, each by how much its code shares with the
+    query's, and that grows by e^4 per unit of cosine only (by e^8 where others' values point anywhere, so that squares
+    add up): keys that are far enough apart for `temperature` give an answer that is mostly of other facts."""
     nothing: float = 0.5
     """Similarity under which nothing is found: a query for what nobody told must stay below it with every key."""
     shape_below: bool = True
@@ -76,10 +81,12 @@ def mean(x_N: Tensor) -> Tensor:
 
 
 def overlap(code_QH: Tensor, group_Q: Tensor, other_NH: Tensor, group_N: Tensor) -> Tensor:
-    """How much two lists of codes share, [Q, N]; nothing with another group's."""
-    with quick_products():
-        shared_QN = (code_QH @ other_NH.T).float()
-    return shared_QN * (group_Q[:, None] == group_N[None])
+    """How much two lists of codes share, [Q, N]; nothing with another group's.
+
+    In float32: each step has other numbers of rows, and for every new shape oneDNN makes another bfloat16 kernel, which
+    takes twenty times as long as this product (docs/log.md).
+    """
+    return (code_QH @ other_NH.T) * (group_Q[:, None] == group_N[None])
 
 
 def memory_of(decoder: Decoder, white_NF: Tensor, values_ND: Tensor, weight_N: Tensor, group_N: Tensor):
@@ -171,7 +178,7 @@ def step_loss(
 
     # Asking, in all rows: what is to be found, and what is not.
     asking = chosen(recall | nothing, 640, generator)
-    contrast, align, found, refused = _contrast(
+    contrast, share, align, found, refused = _contrast(
         F.normalize(memory.whitened(query[asking]), dim=-1) @ F.normalize(stored_NF, dim=-1).T,
         identity[:, 1:].flatten()[asking][:, None] == identity[:, :-1].flatten()[written][None],
         recall.flatten()[asking],
@@ -187,6 +194,7 @@ def step_loss(
         "recall": mean(entropy[remembered]),
         "memory": mean(F.cross_entropy(pointed, sought, reduction="none")),
         "contrast": contrast,
+        "share": share,
         "align": align,
         "gate": F.binary_cross_entropy_with_logits(
             gate[trained], labelled[trained].float(), weight=gate_weight
@@ -211,11 +219,12 @@ def step_loss(
 
 def _contrast(
     cosine_QN: Tensor, same_QN: Tensor, known_Q: Tensor, nothing_Q: Tensor, own_QN: Tensor, weights: Weights
-) -> tuple[Tensor, Tensor, float, float]:
+) -> tuple[Tensor, Tensor, Tensor, float, float]:
     """InfoNCE (arXiv 1807.03748) with a class for nothing: a query is nearer to its own fact's key than to any other
     and than `weights.nothing`, and one for what was never told is near to no key of its user.
 
-    Also the mean distance 1 - cosine to the own key, and the shares of queries that find it, and that find nothing.
+    Also what is missing of the own fact's share in a read (`Weights.share_temperature`), the mean distance 1 - cosine
+    to the own key, and the shares of queries that find it, and that find nothing.
     """
     known_Q = known_Q & same_QN.any(1)
     cosine_KN, same_KN = cosine_QN[known_Q], same_QN[known_Q]
@@ -224,6 +233,8 @@ def _contrast(
     # One column more: a short batch may tell nothing, and there must be something to take the largest of.
     own_KN = F.pad(cosine_KN.masked_fill(~same_KN, -10.0), (0, 1), value=-10.0)
     positive = torch.logsumexp(weights.temperature * own_KN, 1)
+    soft = weights.share_temperature
+    share_K = torch.logsumexp(soft * cosine_KN, 1) - torch.logsumexp(soft * own_KN, 1)
     distance_K = 1 - (cosine_KN * same_KN).sum(1) / same_KN.sum(1).clamp_min(1)
     found_K = own_KN.amax(1) >= logits.amax(1) / weights.temperature - 1e-6
     far_MN = cosine_QN[nothing_Q].masked_fill(~own_QN[nothing_Q], -10.0)
@@ -234,6 +245,7 @@ def _contrast(
     refused_M = (far_MN < weights.nothing).all(1)
     return (
         mean(torch.cat([loss_K, loss_M])),
+        mean(share_K),
         mean(distance_K),
         float(mean(found_K.float())),
         float(mean(refused_M.float())),

@@ -1,0 +1,48 @@
+"""The contrast of keys and queries, by numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from titanmem.objective import Weights, _contrast
+
+WEIGHTS = Weights()
+
+
+def contrast(cosine_QN: Tensor, known: list[bool]) -> tuple[float, float, float, float, float]:
+    """`_contrast` of queries whose own key is that of their number; those not known ask for what nobody told."""
+    known_Q = torch.tensor(known)
+    same_QN = torch.eye(*cosine_QN.shape, dtype=torch.bool) & known_Q[:, None]
+    own_QN = torch.ones_like(same_QN)
+    contrast, share, align, found, refused = _contrast(cosine_QN, same_QN, known_Q, ~known_Q, own_QN, WEIGHTS)
+    return float(contrast), float(share), float(align), found, refused
+
+
+@pytest.mark.parametrize("other", [0.0, 0.3, 0.6])
+def test_what_is_missing_of_the_share_is_what_the_others_add(other):
+    _, share, align, found, _ = contrast(torch.tensor([[0.9, other, other]]), [True])
+    scale = WEIGHTS.share_temperature
+    assert share == pytest.approx(-math.log(1 / (1 + 2 * math.exp(scale * (other - 0.9)))), abs=1e-5)
+    assert align == pytest.approx(0.1)
+    assert found == 1.0
+
+
+def test_keys_that_the_contrast_takes_for_apart_are_still_drawn_apart_by_the_share():
+    cosine_QN = torch.tensor([[0.9, 0.55]], requires_grad=True)
+    same_QN = torch.tensor([[True, False]])
+    rows = (same_QN.any(1), ~same_QN.any(1), torch.ones_like(same_QN))
+    apart, share, *_ = _contrast(cosine_QN, same_QN, *rows, WEIGHTS)
+    assert float(apart.detach()) < 0.01 < 0.05 < float(share.detach())
+    (gradient,) = torch.autograd.grad(share, cosine_QN)
+    assert float(gradient[0, 1]) > 0.1, "the other key's cosine is to fall"
+
+
+def test_a_question_for_what_nobody_told_has_no_share_and_is_refused_below_the_bound():
+    near, far = WEIGHTS.nothing + 0.1, WEIGHTS.nothing - 0.1
+    _, share, align, found, refused = contrast(torch.tensor([[near, 0.0], [far, 0.0]]), [False, False])
+    assert (share, align, found) == (0.0, 0.0, 0.0)
+    assert refused == 0.5
