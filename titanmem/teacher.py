@@ -36,8 +36,6 @@ CHAT = 0.7
 _SENTENCE = re.compile(r"(?<=[.!?])[\"'”’]*\s+")
 TURN_ROWS, TURN_TOKENS = 64, 256
 """Rows of sentences that say which way a model's places are turned."""
-_SAMPLE = 20_000
-"""Sentences that the principal axes are taken of."""
 
 
 class Teacher:
@@ -66,7 +64,9 @@ class Teacher:
                 [texts[index] or " " for index in some],
                 padding=True, truncation=True, max_length=64, return_tensors="pt",
             )  # fmt: skip
-            hidden, seen = self.model(**batch).last_hidden_state, batch["attention_mask"][..., None].float()
+            with quick_products():
+                hidden = self.model(**batch).last_hidden_state.float()
+            seen = batch["attention_mask"][..., None].float()
             mean = F.normalize((hidden * seen).sum(1) / seen.sum(1), dim=-1).half().numpy()
             for index, row in zip(some, mean, strict=True):
                 found[index] = row
@@ -115,9 +115,8 @@ class Lessons:
         self.answer, self.newline = speech.ids(speech.answers[0]), speech.ids("\n")
         rows = torch.from_numpy(embedded).float()
         mean = rows.mean(0)
-        sample = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:_SAMPLE]]
-        axes = torch.linalg.svd(sample - mean, full_matrices=False)[2][:width]
-        self.places = F.normalize((rows - mean) @ axes.T, dim=-1)
+        axes = torch.linalg.eigh((rows - mean).T @ (rows - mean)).eigenvectors[:, -width:]
+        self.places = F.normalize((rows - mean) @ axes, dim=-1)
         """[N, D], unit norm."""
 
     @torch.no_grad()

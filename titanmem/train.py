@@ -22,24 +22,23 @@ from titanmem.objective import Weights, step_loss
 from titanmem.recall import Listener
 from titanmem.schedule import Whitening, learning_rate, optimizers
 from titanmem.skim_training import train_skim
-from titanmem.spec import MemorySpec
 from titanmem.start import Start, beside, from_scratch
 from titanmem.stream import BatchMaker
 from titanmem.teacher import lesson_loss
 from titanmem.tokenizer import ChatTokenizer
-from titanmem.train_config import TrainConfig
+from titanmem.train_config import DEFAULT_MEMORY, TrainConfig
 from titanmem.training_report import write_report
 
 logger = logging.getLogger(__name__)
 
-SMALL = DecoderConfig(vocab_size=8192, memory=MemorySpec(code_active=128, reservoir=2048))
+SMALL = DecoderConfig(vocab_size=8192, memory=DEFAULT_MEMORY)
 """The default model: 8.9 million weights in float16."""
 SKIM_ROWS = 96
 """Rows of one batch for the skim."""
 LESSONS_ONLY = 0.2
 """Share of the time that is spent on the teacher's lessons alone, before the rest begins; none where a model is trained
 on (`TrainConfig.start`)."""
-LESSON_ROWS, LESSON_ROWS_LATER = 16, 12
+LESSON_ROWS, LESSON_ROWS_LATER = 16, 10
 """Rows of sentences in a step of the first part, and beside everything else."""
 LESSON_WEIGHT = 4.0
 MODES = {"mac": 0.5, "mag": 0.25, "mal": 0.25}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from titanmem.spec import MemorySpec
+
+DEFAULT_MEMORY = MemorySpec(code_active=128, reservoir=2048)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +18,7 @@ class TrainConfig:
     """Model folder to write; checkpoints go to `out`/checkpoint.pt."""
     model: Path | None = None
     """Checkpoint folder of another maker to train a memory for, which is written into it; `out` is the same then."""
-    memory: MemorySpec = field(default_factory=lambda: MemorySpec(code_active=128, reservoir=2048))
+    memory: MemorySpec = DEFAULT_MEMORY
     memory_layer: int = 0
     """Memory of such a checkpoint, and the first layer that sees it; 0 is half of the layers."""
     start: Path | None = None
