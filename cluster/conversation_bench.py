@@ -4,8 +4,8 @@ Four files that were written by somebody who had not seen the training phrases (
 own words, facts that are corrected later, pairs of facts of one kind about two people, and questions that nobody's
 fact answers. A fifth, `unseen`, holds facts of attributes that were taken out of the phrase book before training:
 other kinds of facts, by the hand that wrote the others. Corrections and pairs are told to one user each, `freeform` and
-`unseen` to users of `crowd` facts; `untold` is asked of the users of `freeform`. All of it goes through a
-`MemoryKeeper`, as in `needle_bench`.
+`unseen` to users of `crowd` facts; `untold` is asked of the users of `freeform`, and what each of these was told is
+asked of another one too, who must not know it. All of it goes through a `MemoryKeeper`, as in `needle_bench`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ConversationOptions:
 def run_conversation_bench(
     options: ConversationOptions, report: Report = lambda what, share: None
 ) -> dict[str, Any]:
-    """Shares of right answers: `{"freeform", "by_family", "corrections", "apart", "untold", …}`."""
+    """Shares of right answers: `{"freeform", "by_family", "corrections", "apart", "untold", "strangers", …}`."""
     return asyncio.run(_run(options, report))
 
 
@@ -120,6 +120,12 @@ async def _freeform(
         answers = await listener.ask(user, [row["question"] for row in untold[number::users]])
         refused += sum(REFUSAL in answer for answer in answers)
         false += sum(any(holds(answer, row["answer"]) for row in part) for answer in answers)
+    known = 0
+    for number in range(users):
+        part = facts[number * crowd : (number + 1) * crowd]
+        stranger = f"freeform-{(number + 1) % users}" if users > 1 else "stranger"
+        answers = await listener.ask(stranger, [row["question"] for row in part])
+        known += sum(holds(answer, row["answer"]) for answer, row in zip(answers, part, strict=True))
     families: dict[str, list[int]] = {}
     for row, hit in zip(facts, hits, strict=True):
         found = families.setdefault(row["family"], [0, 0])
@@ -130,6 +136,7 @@ async def _freeform(
         "freeform": {"recall": sum(hits) / len(hits), "questions": len(hits)},
         "by_family": families,
         "untold": {"false_recall": false / asked, "refused": refused / asked, "questions": asked},
+        "strangers": {"false_recall": known / len(facts), "questions": len(facts)},
     }
 
 

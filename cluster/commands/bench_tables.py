@@ -80,15 +80,16 @@ def show_conversation(result: dict[str, Any]) -> None:
     title = f"own words: {recall:.1%} of {asked}, {result['crowd']} a user"
     show_table(("family", "recalled"), families, title=title)
     corrections, apart, untold = result["corrections"], result["apart"], result["untold"]
-    unseen = result["unseen"]
+    unseen, strangers = result["unseen"], result["strangers"]
     rows = [
         ("kinds of facts that training never had", f"{unseen['recall']:.1%}", unseen["questions"]),
         ("corrected facts, new value", f"{corrections['new']:.1%}", corrections["questions"]),
         ("corrected facts, old value", f"{corrections['old']:.1%}", corrections["questions"]),
         ("two of one kind, right", f"{apart['right']:.1%}", apart["questions"]),
         ("two of one kind, the other's", f"{apart['swapped']:.1%}", apart["questions"]),
-        ("never told, a fact made of it", f"{untold['false_recall']:.1%}", untold["questions"]),
-        ("never told, said so", f"{untold['refused']:.1%}", untold["questions"]),
+        ("told to another user, the fact", f"{strangers['false_recall']:.1%}", strangers["questions"]),
+        ("told to nobody, some other fact", f"{untold['false_recall']:.1%}", untold["questions"]),
+        ("told to nobody, said so", f"{untold['refused']:.1%}", untold["questions"]),
     ]
     show_table(("what", "share", "questions"), rows)
 

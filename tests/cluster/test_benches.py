@@ -66,6 +66,7 @@ def test_a_conversation_is_scored_by_what_stands_in_the_replies(folder: Path, tm
     assert result["corrections"] == {"new": 0.0, "old": 1.0, "questions": 1, "newer_wins": 0.0}
     assert result["apart"] == {"right": 0.5, "swapped": 0.5, "questions": 2, "kept_apart": 0.5}
     assert result["untold"] == {"false_recall": 1.0, "refused": 0.0, "questions": 1}
+    assert result["strangers"] == {"false_recall": 0.5, "questions": 2}
 
 
 @pytest.mark.parametrize(
