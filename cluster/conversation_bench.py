@@ -111,18 +111,18 @@ async def _freeform(
 ) -> dict[str, Any]:
     hits: list[bool] = []
     false = refused = 0
-    users = -(-len(facts) // crowd)
-    for number in range(users):
+    parts = [facts[start : start + crowd] for start in range(0, len(facts), crowd)]
+    users = len(parts)
+    for number, part in enumerate(parts):
         report("facts in one's own words", 0.5 * number / users)
-        part, user = facts[number * crowd : (number + 1) * crowd], f"freeform-{number}"
+        user = f"freeform-{number}"
         hits += await _recalled(listener, user, part)
         # What nobody told: a share of the questions to each user, so that each is asked once.
         answers = await listener.ask(user, [row["question"] for row in untold[number::users]])
         refused += sum(REFUSAL in answer for answer in answers)
         false += sum(any(holds(answer, row["answer"]) for row in part) for answer in answers)
     known = 0
-    for number in range(users):
-        part = facts[number * crowd : (number + 1) * crowd]
+    for number, part in enumerate(parts):
         stranger = f"freeform-{(number + 1) % users}" if users > 1 else "stranger"
         answers = await listener.ask(stranger, [row["question"] for row in part])
         known += sum(holds(answer, row["answer"]) for answer, row in zip(answers, part, strict=True))
