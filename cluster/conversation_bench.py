@@ -6,6 +6,9 @@ fact answers. A fifth, `unseen`, holds facts of attributes that were taken out o
 other kinds of facts, by the hand that wrote the others. Corrections and pairs are told to one user each, `freeform` and
 `unseen` to users of `crowd` facts; `untold` is asked of the users of `freeform`, and what each of these was told is
 asked of another one too, who must not know it. All of it goes through a `MemoryKeeper`, as in `needle_bench`.
+
+`benchmarks/needles/development/` is such a folder by another hand, to choose knobs on: what is reported is measured on
+files that chose nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import asyncio
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,8 @@ class ConversationOptions:
     mode: str = "mac"
     model: Path | None = None
     consolidate: int | None = None
-    """As in `NeedleOptions`."""
+    spec: Mapping[str, object] = field(default_factory=dict)
+    """Both as in `NeedleOptions`."""
 
 
 def run_conversation_bench(
@@ -63,7 +67,7 @@ async def _run(options: ConversationOptions, report: Report) -> dict[str, Any]:
             KeeperOptions(
                 model=str(folder), store_url=f"file://{scratch}/store", journal_dir=f"{scratch}/journal",
                 shard="shard-0", epoch=1, slots=4, mode=options.mode, persist_tokens=PERSIST_TOKENS,
-                consolidate_after_s=0.0,
+                consolidate_after_s=0.0, spec_overrides=options.spec,
             )
         )  # fmt: skip
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,28 +43,25 @@ class DocumentCutter:
         self._text = ""
         self._ids = np.empty(0, np.int32)
 
-    async def feed(self, text: str) -> list[np.ndarray]:
-        """Pieces that are full and not the last: int32 [PIECE_TOKENS] each."""
+    async def feed(self, text: str) -> AsyncIterator[np.ndarray]:
+        """Pieces that are full and not the last, int32 [PIECE_TOKENS] each, as soon as their blocks are encoded: the
+        first is on its way while the next is cut."""
         self._text += text
-        if len(self._text) <= BLOCK_CHARS:  # a block is known when the character after it has come
-            return []
-        return await asyncio.to_thread(self._cut)
+        while len(self._text) > BLOCK_CHARS:  # a block is known when the character after it has come
+            end = block_end(self._text)
+            block, self._text = self._text[:end], self._text[end:]
+            for piece in await self._encoded(block):
+                yield piece
 
     async def finish(self) -> list[np.ndarray]:
         """All that is left, the document's last piece at the end. Empty if there was no text at all."""
-        pieces = await asyncio.to_thread(self._cut)
-        self._ids = np.concatenate([self._ids, self._tokenizer.encode(self._text)])
-        self._text = ""
-        pieces += self._full()
+        text, self._text = self._text, ""
+        pieces = await self._encoded(text)
         return [*pieces, self._ids] if len(self._ids) else pieces
 
-    def _cut(self) -> list[np.ndarray]:
-        found, start = [self._ids], 0
-        while len(self._text) - start > BLOCK_CHARS:
-            end = block_end(self._text, start)
-            found.append(self._tokenizer.encode(self._text[start:end]))
-            start = end
-        self._text, self._ids = self._text[start:], np.concatenate(found)
+    async def _encoded(self, block: str) -> list[np.ndarray]:
+        ids = await asyncio.to_thread(self._tokenizer.encode, block)
+        self._ids = np.concatenate([self._ids, ids])
         return self._full()
 
     def _full(self) -> list[np.ndarray]:
@@ -200,7 +198,7 @@ async def _write_full(
     cutter: DocumentCutter, utf8: Utf8Stream, chunk: bytes, writer: Writer, *, last: bool = False
 ) -> None:
     """Writes the pieces that `chunk` fills, those before a wrong byte too; then raises for it."""
-    for tokens in await cutter.feed(utf8.feed(chunk, last=last)):
+    async for tokens in cutter.feed(utf8.feed(chunk, last=last)):
         await writer.put(tokens, last=False)
     if utf8.wrong is not None:
         raise utf8.wrong

@@ -46,6 +46,12 @@ class Weights:
     add up): keys that are far enough apart for `temperature` give an answer that is mostly of other facts."""
     nothing: float = 0.5
     """Similarity under which nothing is found: a query for what nobody told must stay below it with every key."""
+    twins: float = 1.0
+    """Keys of one fact told twice lie together, and apart from all others': a correction in other words is then written
+    over what it corrects, and facts that only resemble each other are not."""
+    first: float = 2.0
+    """Weight of a value's first token beside the others: it is found by what question and statement mean, and they by
+    what stands before them."""
     shape_below: bool = True
     """Whether replies shape the lower layers too. Where a teacher has, keys and queries alone may move them."""
     negatives: float = 4.0
@@ -78,6 +84,11 @@ def chosen(mask_BT: Tensor, most: int, generator: torch.Generator) -> Tensor:
 def mean(x_N: Tensor) -> Tensor:
     """The mean, and 0 for nothing: a short batch may ask for no fact at all."""
     return x_N.sum() / max(1, len(x_N))
+
+
+def weighted(x_N: Tensor, weight_N: Tensor) -> Tensor:
+    """The weighted mean, and 0 for nothing."""
+    return (x_N * weight_N).sum() / weight_N.sum().clamp_min(1e-6)
 
 
 def overlap(code_QH: Tensor, group_Q: Tensor, other_NH: Tensor, group_N: Tensor) -> Tensor:
@@ -178,12 +189,27 @@ def step_loss(
 
     # Asking, in all rows: what is to be found, and what is not.
     asking = chosen(recall | nothing, 640, generator)
+    unit_NF = F.normalize(stored_NF, dim=-1)
+    identity_N = identity[:, :-1].flatten()[written]
+    begins = recall & ~F.pad(recall, (1, -1))
     contrast, share, align, found, refused = _contrast(
-        F.normalize(memory.whitened(query[asking]), dim=-1) @ F.normalize(stored_NF, dim=-1).T,
-        identity[:, 1:].flatten()[asking][:, None] == identity[:, :-1].flatten()[written][None],
+        F.normalize(memory.whitened(query[asking]), dim=-1) @ unit_NF.T,
+        identity[:, 1:].flatten()[asking][:, None] == identity_N[None],
         recall.flatten()[asking],
         nothing.flatten()[asking],
         group[asking][:, None] == group[written][None],
+        torch.where(begins, weights.first, 1.0).flatten()[asking],
+        weights,
+    )
+    oneself_NN = torch.eye(len(written), dtype=torch.bool)
+    told_N = identity_N != 0
+    twin_contrast, _, twin_align, twins_found, _ = _contrast(
+        (unit_NF @ unit_NF.T).masked_fill(oneself_NN, -10.0),
+        (identity_N[:, None] == identity_N[None]) & ~oneself_NN & told_N,
+        told_N,
+        torch.zeros_like(told_N),
+        ~oneself_NN,
+        torch.ones(len(written)),
         weights,
     )
     trained = gate_label != EITHER
@@ -196,6 +222,7 @@ def step_loss(
         "contrast": contrast,
         "share": share,
         "align": align,
+        "twins": twin_contrast + weights.align * twin_align,
         "gate": F.binary_cross_entropy_with_logits(
             gate[trained], labelled[trained].float(), weight=gate_weight
         ),
@@ -210,7 +237,7 @@ def step_loss(
         figures["refusal_accuracy"] = float(mean(right[refusing].float()))
         figures["reply_accuracy"] = float(mean(right[spoke].float()))
         figures["memory_accuracy"] = float(mean((pointed.argmax(-1) == sought).float()))
-        figures["found"], figures["refused"] = found, refused
+        figures["found"], figures["refused"], figures["twins_found"] = found, refused, twins_found
         figures["written_found"] = float(mean((gate[labelled] > -1.7).float()))
         figures["written_wrongly"] = float((gate[gate_label == 0] > -1.7).float().mean())
         features_NF = memory.features(key[chosen(labelled, 512, generator)])
@@ -218,13 +245,19 @@ def step_loss(
 
 
 def _contrast(
-    cosine_QN: Tensor, same_QN: Tensor, known_Q: Tensor, nothing_Q: Tensor, own_QN: Tensor, weights: Weights
+    cosine_QN: Tensor,
+    same_QN: Tensor,
+    known_Q: Tensor,
+    nothing_Q: Tensor,
+    own_QN: Tensor,
+    weight_Q: Tensor,
+    weights: Weights,
 ) -> tuple[Tensor, Tensor, Tensor, float, float]:
     """InfoNCE (arXiv 1807.03748) with a class for nothing: a query is nearer to its own fact's key than to any other
     and than `weights.nothing`, and one for what was never told is near to no key of its user.
 
     Also what is missing of the own fact's share in a read (`Weights.share_temperature`), the mean distance 1 - cosine
-    to the own key, and the shares of queries that find it, and that find nothing.
+    to the own key, and the shares of queries that find it, and that find nothing. Means of losses are by `weight_Q`.
     """
     known_Q = known_Q & same_QN.any(1)
     cosine_KN, same_KN = cosine_QN[known_Q], same_QN[known_Q]
@@ -243,10 +276,11 @@ def _contrast(
     loss_K = torch.logsumexp(logits, 1) - positive
     loss_M = torch.logsumexp(refusing, 1) - refusing[:, -1]
     refused_M = (far_MN < weights.nothing).all(1)
+    weight_K, weight_M = weight_Q[known_Q], weight_Q[nothing_Q]
     return (
-        mean(torch.cat([loss_K, loss_M])),
-        mean(share_K),
-        mean(distance_K),
+        weighted(torch.cat([loss_K, loss_M]), torch.cat([weight_K, weight_M])),
+        weighted(share_K, weight_K),
+        weighted(distance_K, weight_K),
         float(mean(found_K.float())),
         float(mean(refused_M.float())),
     )

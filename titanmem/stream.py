@@ -71,15 +71,15 @@ class Piece:
         self.recall += [False] * len(ids)
         self.nothing += [nothing and index == 0 for index in range(len(ids))]
 
-    def value(self, ids: Sequence[int], fact: Fact, named: Sequence[int], told: bool) -> None:
+    def value(self, ids: Sequence[int], key: str, named: Sequence[int], told: bool) -> None:
         """The tokens of a fact's value, where it is told or recalled; `named` are those that give them identities.
 
-        What a correction has replaced has another identity: a question is to find the newest value, and the words of
-        a correction say that it is one.
+        What a correction has replaced has the same identity: the newer wins by being written over the older, for which
+        their keys must meet (`Weights.twins`).
         """
         self.add(ids, STATEMENT if told else REPLY, WRITTEN if told else NOT_WRITTEN)
         for index in range(len(ids)):
-            name = f"{fact.key}|{fact.value.casefold()}|{','.join(map(str, named[:index]))}"
+            name = f"{key}|{','.join(map(str, named[:index]))}"
             self.identity[index - len(ids)] = 1 + xxhash.xxh3_64_intdigest(name.encode()) // 2**2
             self.recall[index - len(ids)] = not told
 
@@ -206,9 +206,9 @@ class BatchMaker:
     ) -> Fact | None:
         """A new fact, an old one in other words, or a correction; none if the row has it already."""
         draw = self.random.random()
-        if known and draw < 0.3:
+        if known and draw < 0.38:
             fact = known[self.random.choice(list(known))][0]
-            if draw < 0.15:
+            if draw < 0.25:
                 fact = self.facts.corrected(fact)
         else:
             fact = self.facts.make(theme)
@@ -254,7 +254,7 @@ class BatchMaker:
         piece = Piece()
         piece.add(speech.user if chat else [], STATEMENT)
         piece.add(self.ids(before.rstrip(" ")), STATEMENT, UNLIKELY)
-        piece.value(ids, fact, recalled, told=True)
+        piece.value(ids, fact.key, recalled, told=True)
         again = "{v}" in after
         piece.add(self.ids(after.replace("{v}", value)), STATEMENT, EITHER if again else UNLIKELY)
         if chat:
@@ -289,7 +289,7 @@ class BatchMaker:
         piece.add([*speech.user, *self.ids(speech.lead + question.strip()), *speech.ended], ASKED)
         piece.add([*speech.assistant, *self.ids(pick(speech.answers))], REPLY)
         if ids:
-            piece.value(ids, fact, ids, told=False)
+            piece.value(ids, fact.key, ids, told=False)
             piece.add(self.ids("."), REPLY, nothing=True)
         else:
             piece.add(self.ids(UNKNOWN), REPLY, nothing=True)

@@ -43,6 +43,12 @@ class Asked(StrEnum):
     off = "off"
 
 
+KnobsOption = Annotated[
+    list[str] | None,
+    typer.Option("--spec", help="A knob of the memory, as code_active=32; may be repeated."),
+]
+
+
 @app.command(epilog="Example: titanmem bench needle --lengths 65536,262144 --queries 20 --json")
 def needle(
     lengths: Annotated[
@@ -64,10 +70,7 @@ def needle(
     ] = "",
     runs: Annotated[int, typer.Option("--runs", min=1, max=1000, help="Runs, each with other needles.")] = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of needles and places.")] = 0,
-    knobs: Annotated[
-        list[str] | None,
-        typer.Option("--spec", help="A knob of the memory, as code_active=32; may be repeated."),
-    ] = None,
+    knobs: KnobsOption = None,
     memory: Annotated[
         Asked, typer.Option("--memory", help="off is the baseline: what is answered without any memory.")
     ] = Asked.read_only,
@@ -165,6 +168,7 @@ def conversation(
             "--needles", exists=True, file_okay=False, help="Folder of the four files; default: ours."
         ),
     ] = None,
+    knobs: KnobsOption = None,
     consolidate: Annotated[
         int | None,
         typer.Option("--consolidate", min=0, max=16, help="Passes before asking; default: as serving."),
@@ -179,8 +183,9 @@ def conversation(
     from cluster.conversation_bench import FOLDER, ConversationOptions, run_conversation_bench
 
     options = ConversationOptions(
-        folder=folder or FOLDER, crowd=crowd, mode=mode.value, model=model, consolidate=consolidate
-    )
+        folder=folder or FOLDER, crowd=crowd, mode=mode.value, model=model, consolidate=consolidate,
+        spec=_spec(knobs or []),
+    )  # fmt: skip
     with _progress() as bar:
         task = bar.add_task("conversation", total=1.0)
         result = run_conversation_bench(

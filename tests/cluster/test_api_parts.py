@@ -53,7 +53,7 @@ def test_a_cut_document_holds_little_and_loses_nothing():
     async def cut(size):
         cutter, pieces = DocumentCutter(tiny_tokenizer()), []
         for at in range(0, len(words), size):
-            pieces += await cutter.feed(words[at : at + size])
+            pieces += [piece async for piece in cutter.feed(words[at : at + size])]
             assert len(cutter._text) <= 16384 + size
             assert len(cutter._ids) <= PIECE_TOKENS
         return pieces + await cutter.finish()

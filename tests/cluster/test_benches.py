@@ -71,8 +71,10 @@ def test_a_conversation_is_scored_by_what_stands_in_the_replies(folder: Path, tm
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("freeform", 200), ("corrections", 60), ("apart", 60), ("untold", 100), ("unseen", 83)],
-)
+    [("freeform", 200), ("corrections", 60), ("apart", 60), ("untold", 100), ("unseen", 83),
+     ("development/freeform", 80), ("development/corrections", 80), ("development/apart", 80),
+     ("development/untold", 80), ("development/unseen", 40)],
+)  # fmt: skip
 def test_what_people_said_is_what_it_claims(name: str, count: int) -> None:
     rows = read_rows(FOLDER / f"{name}.jsonl")
     assert len(rows) == count

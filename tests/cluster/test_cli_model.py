@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import cluster.conversation_bench
 import cluster.needle_bench
 import titanmem.train
 from cluster import cli
+from cluster.conversation_bench import ConversationOptions
 from cluster.needle_bench import NeedleOptions
 from titanmem.train import TrainConfig
 
@@ -91,6 +93,30 @@ def test_a_bench_without_flags_measures_the_contracts_lengths(asked: list[Needle
     assert asked == [NeedleOptions(lengths=(65536, 262144, 1048576, 2097152))]
     for words in ("65,536", "75.0%", "53.1% to 88.8%", "12 ms", "2.1 MB", "84,000", "0.030%", "window 256"):
         assert words in result.stdout
+
+
+def test_a_conversation_bench_is_told_what_the_flags_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[ConversationOptions] = []
+
+    def bench(options: ConversationOptions, report: Callable[[str, float], None]) -> dict[str, Any]:
+        seen.append(options)
+        return {"right": 1.0}
+
+    monkeypatch.setattr(cluster.conversation_bench, "run_conversation_bench", bench)
+    flags = (
+        f"--needles {tmp_path} --crowd 7 --mode mag --consolidate 2 --spec read_floor=0.2 --model {tmp_path}"
+    )
+    result = run("bench", "conversation", *flags.split(), "--json")
+    assert json.loads(result.stdout) == {"right": 1.0}
+    knobs = {"read_floor": 0.2}
+    assert seen == [
+        ConversationOptions(folder=tmp_path, crowd=7, mode="mag", consolidate=2, spec=knobs, model=tmp_path)
+    ]
+    refused = run("bench", "conversation", "--spec", "nobodys_knob=1")
+    assert refused.exit_code == 2
+    assert "nobodys_knob" in refused.stderr
 
 
 def train(monkeypatch: pytest.MonkeyPatch, does: Callable[[TrainConfig], Path]) -> None:

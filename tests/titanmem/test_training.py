@@ -15,7 +15,7 @@ from kernels import ops
 from tests.tiny_model import TEXT, tiny_config, tiny_decoder
 from titanmem.corpus import read_text, token_stream, train_tokenizer, words_of
 from titanmem.decoder_config import SERVED
-from titanmem.facts import FAMILIES, Fact, FactMaker, Theme, Words, is_heldout
+from titanmem.facts import FAMILIES, FactMaker, Theme, Words, is_heldout
 from titanmem.fold import Encoder, fold
 from titanmem.folder import load_decoder
 from titanmem.lookahead import Skim
@@ -159,45 +159,41 @@ def test_labels_mark_values_where_told_and_where_recalled(batches, tokenizer):
     assert UNKNOWN.strip() in said, "some questions are about what nobody told"
 
 
-def test_the_newest_value_is_the_one_that_is_asked_for(batches, monkeypatch):
+def test_the_newest_value_is_the_one_that_is_asked_for(batches):
     """A fact that is told twice is recalled with the value of the later row."""
-    meant: dict[int, tuple[str, str]] = {}
-    plain = Piece.value
-
-    def value(piece: Piece, ids: list[int], fact: Fact, named: list[int], told: bool) -> None:
-        plain(piece, ids, fact, named, told)
-        meant.update(dict.fromkeys(piece.identity[-len(ids) :], (fact.key, fact.value.casefold())))
-
-    monkeypatch.setattr(Piece, "value", value)
     corrected = 0
     for _ in range(30):
         batch = batches.make()
-        said: dict[tuple[int, str], list[str]] = {}
+        first_of: dict[tuple[int, int], list[int]] = {}
         for row in range(5):
-            for identity in batch.identity[row][batch.gate[row] == WRITTEN].tolist():
-                key, text = meant[identity]
-                said.setdefault((int(batch.group[row]), key), []).append(text)
+            written = (batch.gate[row] == WRITTEN).nonzero()[0]
+            for place in written:
+                first_of.setdefault((int(batch.group[row]), int(batch.identity[row, place])), []).append(
+                    int(batch.tokens[row, place])
+                )
         for row in range(5):
-            for identity in batch.identity[row][batch.recall[row]].tolist():
-                key, text = meant[identity]
-                told = said[int(batch.group[row]), key]
-                assert told[-1] == text
-                corrected += len(set(told)) > 1
+            for place in batch.recall[row].nonzero()[0]:
+                told = first_of.get((int(batch.group[row]), int(batch.identity[row, place])), [])
+                if len(set(told)) > 1:
+                    # As told, or, where it began a text, as it stands behind a space.
+                    newest = {told[-1], batches.speech.spaced.get(told[-1], told[-1])}
+                    assert int(batch.tokens[row, place]) in newest
+                    corrected += 1
     assert corrected > 3
 
 
-def test_a_value_keeps_its_identity_until_it_is_corrected(batches):
-    """However it is written; the tokens of what a correction replaced are no longer what a question asks for."""
+def test_a_corrected_value_begins_where_the_old_one_did(batches):
+    """One identity for the first token of either; what follows depends on it."""
     fact = batches.facts.make()
-    other = batches.facts.corrected(fact)
 
-    def identities(said: Fact, told: bool) -> list[int]:
+    def identities(ids: list[int], told: bool) -> list[int]:
         piece = Piece()
-        piece.value([7, 8], said, [7, 8], told)
+        piece.value(ids, fact.key, ids, told)
         return piece.identity
 
-    assert identities(fact, True) == identities(replace(fact, value=fact.value.upper()), False)
-    assert not set(identities(fact, True)) & set(identities(other, True))
+    old, new = identities([7, 8], True), identities([9, 8], True)
+    assert old == identities([7, 8], False)
+    assert [a == b for a, b in zip(old, new, strict=True)] == [True, False]
 
 
 def test_the_memory_of_a_batch_is_the_memory_that_serves():
@@ -301,6 +297,23 @@ def test_gradients_reach_keys_values_gate_and_layers(batches, mode):
         gradient = decoder.get_parameter(name).grad
         assert gradient is not None, name
         assert float(gradient.abs().max()) > 0, name
+
+
+def test_twins_are_keys_of_one_fact_told_twice(batches):
+    """That loss alone moves keys, and only where a fact was told twice."""
+    only = {name: 0.0 for name in ("language", "recall", "memory", "contrast", "align", "gate", "share")}
+    decoder, batch = tiny_decoder().requires_grad_(True), batches.make()
+    for told_twice in (True, False):
+        if not told_twice:  # no two of the values' tokens are of one fact
+            told = batch.identity != 0
+            batch.identity[told] = np.arange(1, told.sum() + 1)
+        decoder.zero_grad()
+        weights = Weights(**only, twins=1.0)
+        step_loss(decoder, batch, weights, torch.Generator().manual_seed(0)).loss.backward()
+        moved = decoder.get_parameter("memory.key_proj.weight").grad
+        assert (moved is not None and bool(moved.any())) is told_twice
+        unmoved = decoder.get_parameter("memory.query_proj.weight").grad
+        assert unmoved is None or not bool(unmoved.any())
 
 
 def test_losses_are_those_of_float32_but_for_rounding(batches, monkeypatch):
