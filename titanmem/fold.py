@@ -25,6 +25,8 @@ from titanmem.spec import MemorySpec
 
 SHAPE_TOKENS = 32
 """Text that is encoded is padded to a multiple of this."""
+CLEAR_GATE = 0.5
+"""Write gate of a token that is part of a value without doubt: the one behind it goes on with that value."""
 UNITS_AT_ONCE = 32
 """Blocks of one call: what it needs of memory does not grow with the segment."""
 
@@ -227,4 +229,6 @@ def _admitted(
 def _offer(reservoir: Reservoir, written: Written, kept_N: Tensor, spec: MemorySpec) -> Reservoir:
     rows = (written.columns_NK, written.values_NK, written.token_N, written.weight_N)
     columns_NK, values_NK, token_N, gate_N = (row[kept_N].cpu().numpy() for row in rows)
-    return reservoir.offered(columns_NK, values_NK, token_N, gate_N, spec)
+    clear_N = written.position_N[written.weight_N >= CLEAR_GATE]
+    begins_N = ~torch.isin(written.position_N[kept_N] - 1, clear_N).cpu().numpy()
+    return reservoir.offered(columns_NK, values_NK, token_N, gate_N, spec, begins_N)

@@ -3,7 +3,8 @@
 Consolidation replays it (`titanmem/consolidation.py`). Two rules say who stays:
 
 - The newer wins. An entry whose code overlaps a new one's by REPLACED_OVERLAP or more leaves, whatever its token, so
-  that no replay can bring back what a correction has replaced.
+  that no replay can bring back what a correction has replaced; for a new one that begins a value CORRECTED_OVERLAP is
+  enough.
 - When there are too many, those of the smallest hash of their own content leave. That is a uniform sample of all
   different entries ever offered (bottom-k sampling: Cohen and Kaplan, "Summarizing data using bottom-k sketches", PODC
   2007), without a counter or random state: the same entries in the same order leave the same sample, bit for bit.
@@ -27,6 +28,11 @@ Lower, and facts that only resemble each other push each other out; higher, and 
 are both kept and replayed, which takes back what the correction won: after one full delta step each, what is read at
 the older code is (1 - c^2) v_a + c v_b with c = a . b, the newer value from c = 0.618 on. docs/log.md has the recall of
 facts and of corrections for each value."""
+
+CORRECTED_OVERLAP = 0.5
+"""The same where the newer begins a value: its key is what the fact is about, and not the word before it, which keys of
+later tokens have in common with many others'. Of facts corrected in own words about half overlap by as much, of two
+about different people a fifth (docs/log.md)."""
 
 UNIT_TOLERANCE = 0.01
 """Rounding K values of a unit code to float16 moves its norm by at most 2^-11."""
@@ -96,19 +102,24 @@ class Reservoir:
 
     def offered(
         self, columns_NK: np.ndarray, values_NK: np.ndarray, token_N: np.ndarray, gate_N: np.ndarray,
-        spec: MemorySpec,
+        spec: MemorySpec, begins_N: np.ndarray | None = None,
     ) -> Reservoir:  # fmt: skip
-        """The reservoir after these entries were written, in this order; at most `spec.reservoir` entries."""
+        """The reservoir after these entries were written, in this order; at most `spec.reservoir` entries.
+
+        `begins_N`, bool, says which are the first token of a value; None is none of them.
+        """
         if not spec.reservoir or not len(token_N):
             return self
         both = self._with(Reservoir.of(columns_NK, values_NK, token_N, gate_N))
-        stays = np.ones(len(both), bool)
+        stays, enough_N = np.ones(len(both), bool), np.full(len(token_N), REPLACED_OVERLAP)
+        if begins_N is not None:
+            enough_N[begins_N] = CORRECTED_OVERLAP
         values_RK, dense_H = both.values_RK.astype(np.float32), np.zeros(spec.code_width, np.float32)
         for place in range(len(self), len(both)):
             columns_K = both.columns_RK[place]
             dense_H[columns_K] = values_RK[place]
             overlap = np.einsum("rk,rk->r", dense_H[both.columns_RK[:place]], values_RK[:place])
-            stays[:place] &= overlap < REPLACED_OVERLAP
+            stays[:place] &= overlap < enough_N[place - len(self)]
             dense_H[columns_K] = 0
         return both.take(stays.nonzero()[0]).cut(spec.reservoir)
 

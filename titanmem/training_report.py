@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PANELS = {
-    "losses": ("language", "recall", "memory", "contrast", "align"),
+    "losses": ("language", "recall", "memory", "contrast", "align", "twins"),
     "answers right": ("recall_accuracy", "refusal_accuracy", "reply_accuracy", "memory_accuracy"),
-    "keys that are found, and what is not known refused": ("found", "refused"),
+    "keys that are found, and what is not known refused": ("found", "refused", "twins_found"),
     "held-out facts recalled": ("heldout_recall",),
     "values written": ("written_found",),
     "text written by mistake": ("written_wrongly",),

@@ -10,7 +10,7 @@ import torch
 
 from tests.tiny_model import tiny_decoder
 from titanmem.bounds import forget_share
-from titanmem.fold import Encoder, Written, fold
+from titanmem.fold import Encoder, Written, _offer, fold
 from titanmem.reservoir import Reservoir
 from titanmem.spec import MemorySpec
 
@@ -64,6 +64,28 @@ def test_every_written_token_is_offered_to_the_reservoir(encoder, bound):
     assert torch.equal(encoder.values_VD[written.token_N], written.target_ND), (
         "a token says what its target was"
     )
+
+
+def test_a_value_begins_where_nothing_was_written_before(encoder, monkeypatch):
+    """What the gate clearly let through goes on with the value of the token before it, if that was let through too."""
+    seen = []
+    plain = Reservoir.offered
+
+    def offered(self, *rows):
+        seen.append(rows[-1])
+        return plain(self, *rows)
+
+    monkeypatch.setattr(Reservoir, "offered", offered)
+    written = encoder.encode(NOTHING, ids(100))
+    count = len(written.position_N)
+    assert count > 12
+    written.position_N[:] = torch.arange(count)
+    written.position_N[6:] += 5  # a gap: another value
+    written.weight_N[:] = 0.9
+    written.weight_N[3] = 0.4  # let through, not clearly
+    _offer(Reservoir.empty(encoder.spec), written, torch.arange(count), encoder.spec)
+    (begins,) = seen
+    assert begins.nonzero()[0].tolist() == [0, 4, 6]
 
 
 def test_what_is_not_surprising_is_not_offered(encoder):

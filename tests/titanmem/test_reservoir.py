@@ -139,6 +139,18 @@ def test_another_fact_is_no_correction():
     assert reservoir.token_R.tolist() == [11, 22]
 
 
+def test_where_a_value_begins_less_is_enough():
+    """The first token of a value says what the fact is about; those behind it have the word before them in common."""
+    old, new = correction(0.6)
+    for begins, left in ((True, [22]), (False, [11, 22])):
+        reservoir = Reservoir.empty(SPEC).offered(*old, SPEC)
+        reservoir = reservoir.offered(*new, SPEC, np.array([begins]))
+        assert reservoir.token_R.tolist() == left
+    other = correction(0.4)[1]
+    reservoir = Reservoir.empty(SPEC).offered(*old, SPEC).offered(*other, SPEC, np.array([True]))
+    assert reservoir.token_R.tolist() == [11, 22], "what only resembles it stays"
+
+
 def test_consolidation_does_not_bring_back_what_was_corrected():
     """At the words in which the old value was told, the correction has the last word, however often it is replayed."""
     torch.manual_seed(0)
