@@ -8,7 +8,7 @@ from pathlib import Path
 from titanmem.spec import MemorySpec
 
 DEFAULT_MEMORY = MemorySpec(code_active=128, reservoir=2048)
-"""That of the default model. What ships has a `read_floor` too, chosen after training (docs/log.md)."""
+"""That of the default model. What ships has a `read_floor` too, chosen late in its training (docs/log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ from typing import IO, cast
 
 from cluster.commands.terminal import CommandFailed
 
-PIECE_BYTES = 512 * 1024
+PIECE_BYTES = 128 * 1024
 """Text of one request; a part of every piece's name, since another cut makes other pieces."""
 PIECE_BYTES_MIN = PIECE_BYTES // 4
 """A paragraph that would end a piece earlier than this is cut at whitespace instead."""
