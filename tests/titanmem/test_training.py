@@ -301,14 +301,13 @@ def test_gradients_reach_keys_values_gate_and_layers(batches, mode):
 
 def test_twins_are_keys_of_one_fact_told_twice(batches):
     """That loss alone moves keys, and only where a fact was told twice."""
-    only = {name: 0.0 for name in ("language", "recall", "memory", "contrast", "align", "gate", "share")}
+    weights = Weights(language=0, recall=0, memory=0, contrast=0, align=0, gate=0, share=0, twins=1)
     decoder, batch = tiny_decoder().requires_grad_(True), batches.make()
     for told_twice in (True, False):
         if not told_twice:  # no two of the values' tokens are of one fact
             told = batch.identity != 0
             batch.identity[told] = np.arange(1, told.sum() + 1)
         decoder.zero_grad()
-        weights = Weights(**only, twins=1.0)
         step_loss(decoder, batch, weights, torch.Generator().manual_seed(0)).loss.backward()
         moved = decoder.get_parameter("memory.key_proj.weight").grad
         assert (moved is not None and bool(moved.any())) is told_twice
