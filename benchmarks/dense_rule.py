@@ -2,7 +2,7 @@
 
     python benchmarks/dense_rule.py [--tokens 65536] [--facts 20] [--runs 2] [--model FOLDER]
 
-Sparse: a token is written to the 64 units of 8,192 that are nearest to its key. Dense: every element of W_3 takes part
+Sparse: a token is written to the 128 units of 8,192 that are nearest to its key. Dense: every element of W_3 takes part
 in every write and read. Without the choice of units W_3 code(k) is linear in the 256 whitened features of the key, so
 the dense memory is held as that, 256 x 128; its update is the same delta rule, step by step, with the same gates and
 threshold and no forgetting, which is in its favour. Neither consolidates. Replies are free, in mode mac.
