@@ -28,7 +28,10 @@ def check_store(store: RecordStore, journal_dir: Path) -> str | None:
 
     Raises `WrongStore` when the journals in `journal_dir` belong to another store, and `OSError`.
     """
-    found, known = store.read_record(RECORD), _known(journal_dir / MARKER)
+    known = _known(
+        journal_dir / MARKER
+    )  # first: another shard may write both meanwhile, the record before this
+    found = store.read_record(RECORD)
     id_ = str(found[0]["id"]) if found is not None else None
     if known is None or known["id"] == id_:
         return id_

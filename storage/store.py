@@ -373,7 +373,8 @@ class MemoryStore(RecordStore):
         try:
             self.objects.delete(name)
         except StoreError as error:
-            _log.warning("%s is left behind for now: %s", name, error)
+            if not self.health.problem:  # else it has told of the outage, once
+                _log.warning("%s is left behind for now: %s", name, error)
 
 
 def open_store(url: str, *, watched: bool = False) -> MemoryStore:

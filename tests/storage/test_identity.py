@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,6 +81,20 @@ def test_shards_that_start_together_agree(store: MemoryStore, tmp_path: Path) ->
         thread.join()
     assert len(found) == 8
     assert len(set(found)) == 1
+
+
+def test_a_shard_that_is_faster_in_between_is_no_other_store(store: MemoryStore, tmp_path: Path) -> None:
+    journals, ids = tmp_path / "journal", []
+
+    class Late(MemoryStore):
+        """Another shard recognises the store between any two looks of this one."""
+
+        def read_record(self, name: str) -> tuple[dict[str, Any], str] | None:
+            found = super().read_record(name)
+            ids.append(recognise(store, journals))
+            return found
+
+    assert recognise(Late(store.objects), journals) == ids[0]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"id": "x"}', "\x00"])

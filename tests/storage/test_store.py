@@ -26,6 +26,7 @@ from storage.errors import (
     WrongBase,
 )
 from storage.head import PINNED_MAX
+from storage.health import Health, Watched
 from storage.names import UserKey
 from storage.objects import Objects, open_objects
 from storage.records import RECORD_BYTES_MAX, decode_record, encode_record
@@ -354,6 +355,18 @@ def test_what_could_not_be_deleted_is_deleted_later(folder_store: MemoryStore, c
     assert len(names(folder_store, FOLDER)) == 6
     folder_store.put(make_memory(version=6), epoch=1)
     assert len(names(folder_store, FOLDER)) == 5
+
+
+def test_an_outage_has_its_own_line_in_the_log_and_no_other(folder_store: MemoryStore, caplog: Any) -> None:
+    class Dying(Interrupted):
+        def delete(self, name: str) -> None:
+            raise StoreUnavailable("gone")
+
+    health = Health(folder_store.url)
+    store = MemoryStore(Watched(Dying(folder_store.objects, lambda: None), health), health=health)  # type: ignore[arg-type]
+    for version in range(1, 6):
+        store.put(make_memory(version=version), epoch=1)
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [f"{store.url} fails"]
 
 
 def test_epochs_are_never_given_twice(store: MemoryStore) -> None:
