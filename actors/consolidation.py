@@ -119,7 +119,7 @@ class Consolidator:
                 resident, update_id=f"replay:{resident.journaled_chunk_id + 1}", conversation="", role="replay",
                 context=np.zeros(0, np.int32), tokens=np.array([passes], np.int32),
             )  # fmt: skip
-            if not await roster.append(resident, segment):
+            if not await roster.append(resident, [segment]):
                 return False
             await roster.settle(resident, segment, copy.slab_1HD, copy.updates)
             self._figures.consolidation_s.observe(time.perf_counter() - started)

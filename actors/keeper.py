@@ -12,17 +12,17 @@ from typing import Any
 
 from actors.backup import Backup
 from actors.consolidation import Consolidator
+from actors.document import write_pieces
 from actors.engine import Engine
 from actors.erasure import erase
-from actors.errors import MemoryFrozen, NoMemoryWeights, QueueFull, no_memory
+from actors.errors import NoMemoryWeights, QueueFull, no_memory
 from actors.figures import Figures
 from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from actors.options import KeeperOptions
 from actors.replicator import Replicator
 from actors.roster import Roster
-from actors.seen import document_id, update_hash
 from actors.slab import Resident, Slab
-from actors.turn import Turn, joined
+from actors.turn import Turn
 from actors.unbroken import unbroken
 from actors.vault import Layout, Vault
 from storage.errors import NoSuchMemory, StoreError, StoreUnavailable, TitanmemError
@@ -31,7 +31,7 @@ from storage.names import UserKey, bucket_of
 from storage.store import VersionInfo, open_store
 from storage.titanmem import decode, encode
 from titanmem.decoder_config import DecoderConfig
-from titanmem.fold import Encoder, Fold
+from titanmem.fold import Encoder
 from titanmem.folder import base_hash, load_decoder
 from titanmem.tokenizer import ChatTokenizer
 from titanmem.tracing import continued
@@ -81,48 +81,18 @@ class MemoryKeeper:
             turn.cancel()
 
     async def ingest(self, call: IngestCall) -> IngestOutcome:
-        """Write a piece of a document; the same update id again returns what it did the first time."""
+        """Write pieces of a document; the same update ids again return what they did the first time."""
         self._need_memory()
         self._admit()
         try:
             with continued(call.trace, "update_memory"):
                 async with self.roster.turn(call.key) as resident:
-                    outcome = await unbroken(self._ingest(resident, call))
+                    outcome = await unbroken(write_pieces(self.roster, resident, call))
                     self.roster.store_soon(resident)
                 await self.roster.replicator.durable(call.key)
                 return outcome
         finally:
             self._busy -= 1
-
-    async def _ingest(self, resident: Resident, call: IngestCall) -> IngestOutcome:
-        journal, key = self.roster.journal, call.key
-        if not len(call.tokens) or update_hash(call.update_id) in resident.seen:
-            return await self._repeated(resident, call)
-        if resident.frozen:
-            raise MemoryFrozen(str(call.key))
-        context = resident.tail if resident.tail_of == document_id(call.conversation) else joined([])
-        segment = self.roster.segment(
-            resident, update_id=call.update_id, conversation=call.conversation, role="document",
-            context=context, tokens=call.tokens,
-        )  # fmt: skip
-        with continued({}, "journal"):
-            if not await self.roster.append(resident, segment, [update_hash(call.update_id)]):
-                return await self._repeated(resident, call)
-        fold = await self.roster.fold(resident, segment)
-        outcome = _outcome(call, fold, resident)
-        await asyncio.wrap_future(journal.set_outcome(key, call.update_id, outcome))
-        return IngestOutcome(**outcome)
-
-    async def _repeated(self, resident: Resident, call: IngestCall) -> IngestOutcome:
-        """What an update did that is written already; its count of written tokens may have gone with its journal."""
-        known = self.roster.journal.outcome(call.key, call.update_id)
-        if known is not None:
-            return IngestOutcome(**{**known, "duplicate": True})
-        chunks = -(-len(call.tokens) // self.roster.spec.chunk_size)
-        return IngestOutcome(
-            tokens=len(call.tokens), chunks=chunks, tokens_written=0, memory_version=resident.memory_version,
-            duplicate=bool(len(call.tokens)),
-        )  # fmt: skip
 
     def _need_memory(self) -> None:
         if not self._remembers:
@@ -310,13 +280,6 @@ class MemoryKeeper:
             logger.warning("closing with memories that only the journal has: %s", error)
         await self.roster.close()
         await asyncio.to_thread(self.roster.journal.close)
-
-
-def _outcome(call: IngestCall, fold: Fold, resident: Resident) -> dict[str, Any]:
-    return {
-        "tokens": len(call.tokens), "chunks": fold.chunks, "tokens_written": fold.tokens_written,
-        "memory_version": resident.memory_version,
-    }  # fmt: skip
 
 
 def _rate(resident: Resident) -> float:

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from storage.names import UserKey
+from storage.segment import SEGMENT_TOKENS_MAX
 
 MemoryAccess = Literal["read_write", "read_only", "off"]
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -78,25 +79,63 @@ class DoneEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IngestCall:
-    """A piece of a document, at most SEGMENT_TOKENS_MAX ids."""
+    """Pieces of a document, of SEGMENT_TOKENS_MAX ids each and the last one of what is left."""
 
     key: UserKey
     update_id: str
+    """Name of the one piece, or of the document where `first` is given: piece n is the update `<update_id>:<n>`."""
     conversation: str
     """Name of the document: pieces of one document follow each other in one context."""
     tokens: np.ndarray
     """int32 [n]."""
+    first: int | None = None
+    """Number of the first piece; None where the call is one piece, of at most SEGMENT_TOKENS_MAX ids."""
     last: bool = False
     """True for the document's last piece."""
     trace: dict[str, str] = field(default_factory=dict)
 
+    def pieces(self) -> dict[str, np.ndarray]:
+        """The pieces by their update ids, in order. Raises ValueError for one that is too long."""
+        if self.first is None:
+            if len(self.tokens) > SEGMENT_TOKENS_MAX:
+                raise ValueError(f"a piece of {len(self.tokens)} tokens: at most {SEGMENT_TOKENS_MAX}")
+            return {self.update_id: self.tokens}
+        starts = range(0, len(self.tokens), SEGMENT_TOKENS_MAX)
+        cut = [self.tokens[start : start + SEGMENT_TOKENS_MAX] for start in starts]
+        return {f"{self.update_id}:{number}": piece for number, piece in enumerate(cut, self.first)}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IngestOutcome:
-    """What one piece did; the same again for a repeated update id."""
+    """What pieces of a document did; the same again for repeated update ids."""
 
     tokens: int
     chunks: int
     tokens_written: int
     memory_version: int
-    duplicate: bool = False
+    pieces: int = 1
+    duplicates: int = 0
+    """Pieces that had been written before."""
+
+    @property
+    def duplicate(self) -> bool:
+        """Whether all of it had been written before."""
+        return self.duplicates == self.pieces > 0
+
+    def plus(self, later: IngestOutcome) -> IngestOutcome:
+        """Of both together."""
+        both = {
+            name: getattr(self, name) + getattr(later, name)
+            for name in self.__slots__
+            if name != "memory_version"
+        }
+        return IngestOutcome(**both, memory_version=max(self.memory_version, later.memory_version))
+
+    def record(self) -> dict[str, int]:
+        """What the journal keeps of one piece."""
+        return {
+            name: getattr(self, name) for name in ("tokens", "chunks", "tokens_written", "memory_version")
+        }
+
+
+NOTHING = IngestOutcome(tokens=0, chunks=0, tokens_written=0, memory_version=0, pieces=0)

@@ -168,11 +168,12 @@ class Roster:
 
     def segment(
         self, resident: Resident, *, update_id: str, conversation: str, role: str, context: np.ndarray,
-        tokens: np.ndarray,
+        tokens: np.ndarray, before: Segment | None = None,
     ) -> Segment:  # fmt: skip
-        """The next segment of this user, at most SEGMENT_TOKENS_MAX ids."""
+        """The next segment of this user, at most SEGMENT_TOKENS_MAX ids; behind `before`, which is to be appended with
+        it, if there is one."""
         assert 0 < len(tokens) <= SEGMENT_TOKENS_MAX, "callers cut tokens into segments"
-        first = resident.journaled_chunk_id + 1
+        first = (before.last_chunk_id if before else resident.journaled_chunk_id) + 1
         return Segment(
             key=resident.key, update_id=update_id, conversation=conversation, role=role,  # type: ignore[arg-type]
             context=np.ascontiguousarray(context[-self.spec.window :], dtype=np.int32),
@@ -181,22 +182,25 @@ class Roster:
             epoch=self.vault.epoch,
         )  # fmt: skip
 
-    async def append(self, resident: Resident, segment: Segment, seen: Sequence[int] = ()) -> bool:
-        """Make a segment durable; False when its update id was already there, and nothing is to be done.
+    async def append(self, resident: Resident, segments: Sequence[Segment], seen: Sequence[int] = ()) -> bool:
+        """Make segments durable, and the hashes seen with them; False, and none of them, when the update id of one was
+        already there: those that were are in `resident.seen` from then on.
 
-        The first one of a user without versions waits for the store (`Vault.begin`).
+        The first ones of a user without versions wait for the store (`Vault.begin`).
         """
         try:
             await self.begin(resident)
         except StoreError:
             self.drop(resident)
             raise
-        appended = await asyncio.wrap_future(self.journal.append(segment, seen))
-        remember(resident, [*seen, update_hash(segment.update_id)])
-        if appended.duplicate:
+        known = await asyncio.wrap_future(self.journal.append_all(segments, seen))
+        if known:
+            remember(resident, map(update_hash, known))
             return False
-        self.replicator.add(segment, seen)
-        resident.journaled_chunk_id = segment.last_chunk_id
+        remember(resident, [*seen, *(update_hash(segment.update_id) for segment in segments)])
+        for segment in segments:  # the hashes say of all that they are written: they go with the last
+            self.replicator.add(segment, seen if segment is segments[-1] else ())
+        resident.journaled_chunk_id = segments[-1].last_chunk_id
         return True
 
     async def begin(self, resident: Resident) -> None:

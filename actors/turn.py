@@ -139,8 +139,10 @@ class Turn:
 
     async def _append(self, resident: Resident, segment: Segment, seen: list[int]) -> bool:
         """Journal a segment; False if it is written already, which the memory knows even where no journal does."""
-        if update_hash(segment.update_id) not in resident.seen:
-            return await self.roster.append(resident, segment, seen)
+        if update_hash(segment.update_id) not in resident.seen and await self.roster.append(
+            resident, [segment], seen
+        ):
+            return True
         remember(resident, seen)
         return False
 

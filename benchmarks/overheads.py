@@ -50,7 +50,7 @@ from actors.replicator import Replicator  # noqa: E402
 from benchmarks.report import report  # noqa: E402
 from cluster.config import Config  # noqa: E402
 from storage.errors import Fenced  # noqa: E402
-from storage.journal import Appended, Journal  # noqa: E402
+from storage.journal import Journal  # noqa: E402
 from storage.names import UserKey  # noqa: E402
 from storage.segment import SEGMENT_TOKENS_MAX, Segment  # noqa: E402
 from storage.store import MemoryStore, open_store  # noqa: E402
@@ -188,8 +188,8 @@ class NoJournal:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, segment: Segment, seen: Sequence[int] = ()) -> Future[Appended]:
-        return done(Appended(duplicate=False))
+    def append_all(self, segments: Sequence[Segment], seen: Sequence[int] = ()) -> Future[list[str]]:
+        return done([])
 
     def set_outcome(self, *_: Any) -> Future[None]:
         return done(None)

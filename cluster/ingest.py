@@ -2,7 +2,7 @@
 
 Pieces are cut by the text alone, never by how it arrived, and piece n of a document is the update
 `<idempotency key>:<n>`: the same document sent again with the same key writes nothing twice, so a client that
-was cut off just sends it again. At any time one piece is being written while the next is read.
+was cut off just sends it again. At any time a few pieces are being written, in one call, while the next few are read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from opentelemetry.trace import SpanKind
 from starlette.requests import Request
 
 from actors.errors import QueueFull
-from actors.messages import IngestCall, IngestOutcome
+from actors.messages import NOTHING, IngestCall, IngestOutcome
 from cluster.bodies import Utf8Stream, body_chunks
 from cluster.door import Door, door_of
 from cluster.errors import BadRequest
@@ -29,14 +29,15 @@ from titanmem.tokenizer import BLOCK_CHARS, ChatTokenizer, block_end
 from titanmem.tracing import continued, inject
 
 router = APIRouter()
-PIECE_TOKENS = SEGMENT_TOKENS_MAX
-"""Tokens of a piece: what a shard takes as one segment."""
+PIECES_AT_ONCE = 4
+"""Pieces of one call: what a call and a commit cost is shared between them. 64 KiB go along with the call."""
+CALL_TOKENS = PIECES_AT_ONCE * SEGMENT_TOKENS_MAX
 NO_TEXT_KINDS = ("multipart/", "image/", "audio/", "video/", "application/pdf", "application/zip")
 UTF8_NAMES = frozenset({"utf-8", "utf8", "us-ascii"})
 
 
 class DocumentCutter:
-    """Cuts text that arrives anyhow into pieces of `PIECE_TOKENS` ids, holding a block and a piece."""
+    """Cuts text that arrives anyhow into parts of `CALL_TOKENS` ids, holding a block and a part."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -44,20 +45,20 @@ class DocumentCutter:
         self._ids = np.empty(0, np.int32)
 
     async def feed(self, text: str) -> AsyncIterator[np.ndarray]:
-        """Pieces that are full and not the last, int32 [PIECE_TOKENS] each, as soon as their blocks are encoded: the
+        """Parts that are full and not the last, int32 [CALL_TOKENS] each, as soon as their blocks are encoded: the
         first is on its way while the next is cut."""
         self._text += text
         while len(self._text) > BLOCK_CHARS:  # a block is known when the character after it has come
             end = block_end(self._text)
             block, self._text = self._text[:end], self._text[end:]
-            for piece in await self._encoded(block):
-                yield piece
+            for part in await self._encoded(block):
+                yield part
 
     async def finish(self) -> list[np.ndarray]:
-        """All that is left, the document's last piece at the end. Empty if there was no text at all."""
+        """All that is left, the document's last part at the end. Empty if there was no text at all."""
         text, self._text = self._text, ""
-        pieces = await self._encoded(text)
-        return [*pieces, self._ids] if len(self._ids) else pieces
+        parts = await self._encoded(text)
+        return [*parts, self._ids] if len(self._ids) else parts
 
     async def _encoded(self, block: str) -> list[np.ndarray]:
         ids = await asyncio.to_thread(self._tokenizer.encode, block)
@@ -65,56 +66,34 @@ class DocumentCutter:
         return self._full()
 
     def _full(self) -> list[np.ndarray]:
-        """Pieces that are full, never the last ids: what is left must be able to be the last piece."""
-        count = max(0, len(self._ids) - 1) // PIECE_TOKENS
-        pieces = [self._ids[n * PIECE_TOKENS : (n + 1) * PIECE_TOKENS] for n in range(count)]
-        self._ids = self._ids[count * PIECE_TOKENS :]
-        return pieces
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Total:
-    """What the acknowledged pieces of a document did."""
-
-    pieces: int = 0
-    duplicates: int = 0
-    tokens: int = 0
-    chunks: int = 0
-    tokens_written: int = 0
-    memory_version: int = 0
-
-    def plus(self, outcome: IngestOutcome) -> Total:
-        return Total(
-            pieces=self.pieces + 1,
-            duplicates=self.duplicates + int(outcome.duplicate),
-            tokens=self.tokens + outcome.tokens,
-            chunks=self.chunks + outcome.chunks,
-            tokens_written=self.tokens_written + outcome.tokens_written,
-            memory_version=max(self.memory_version, outcome.memory_version),
-        )
+        """Parts that are full, never the last ids: what is left must be able to be the last part."""
+        count = max(0, len(self._ids) - 1) // CALL_TOKENS
+        parts = [self._ids[n * CALL_TOKENS : (n + 1) * CALL_TOKENS] for n in range(count)]
+        self._ids = self._ids[count * CALL_TOKENS :]
+        return parts
 
 
 class Writer:
-    """Writes pieces in order, one at a time, the next one being put while the one before is on its way."""
+    """Writes parts in order, one at a time, the next one being put while the one before is on its way."""
 
     def __init__(self, door: Door, first: IngestCall) -> None:
         self._door = door
         self._first = first
         self._number = 0
+        """Of the next piece."""
         self._patience_s = door.settings.ingest_patience_s
         self._task: asyncio.Task[IngestOutcome] | None = None
-        self.total = Total()
+        self.total = NOTHING
 
     async def put(self, tokens: np.ndarray, *, last: bool) -> None:
-        """Hands over the next piece; returns when the piece before is acknowledged."""
+        """Hands over the next part; returns when the part before is acknowledged."""
         await self.settle()
-        update_id = f"{self._first.update_id}:{self._number}"
-        call = replace(self._first, update_id=update_id, tokens=tokens, last=last)
+        call = replace(self._first, first=self._number, tokens=tokens, last=last)
         self._task = asyncio.create_task(self._write(call))
-        self._number += 1
+        self._number += len(call.pieces())
 
     async def settle(self) -> None:
-        """Waits for the piece on its way. Raises what the cluster says of it."""
+        """Waits for the part on its way. Raises what the cluster says of it."""
         if self._task is not None:
             task, self._task = self._task, None
             outcome = await task
@@ -122,7 +101,7 @@ class Writer:
             self._door.metrics.ingested_tokens.inc(outcome.tokens)
 
     async def abandon(self) -> None:
-        """Stops waiting; the piece on its way may or may not be written, and may be sent again."""
+        """Stops waiting; the part on its way may or may not be written, and may be sent again."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -134,7 +113,7 @@ class Writer:
                 return await self._door.backend.ingest(call)
             except QueueFull as full:
                 wait_s = min(max(0.01, full.retry_after_s), self._patience_s)
-                if self._number == 1 or wait_s <= 0:
+                if call.first == 0 or wait_s <= 0:
                     raise
                 self._patience_s -= wait_s
                 await asyncio.sleep(wait_s)
@@ -169,7 +148,7 @@ async def ingest(request: Request, user: str) -> dict[str, Any]:
     }
 
 
-async def write_document(door: Door, request: Request, first: IngestCall) -> Total:
+async def write_document(door: Door, request: Request, first: IngestCall) -> IngestOutcome:
     """Reads the body to its end and writes it. `first` says for whom and under which name.
 
     Raises `BadRequest` for text that is not UTF-8, or none at all: what was acknowledged before it stays.
@@ -197,7 +176,7 @@ async def write_document(door: Door, request: Request, first: IngestCall) -> Tot
 async def _write_full(
     cutter: DocumentCutter, utf8: Utf8Stream, chunk: bytes, writer: Writer, *, last: bool = False
 ) -> None:
-    """Writes the pieces that `chunk` fills, those before a wrong byte too; then raises for it."""
+    """Writes the parts that `chunk` fills, those before a wrong byte too; then raises for it."""
     async for tokens in cutter.feed(utf8.feed(chunk, last=last)):
         await writer.put(tokens, last=False)
     if utf8.wrong is not None:

@@ -96,23 +96,38 @@ class Journal:
 
         A segment's chunk ids must follow those that are pending for its user, or the future fails.
         """
-        row, hashes = segment_to_row(segment), [_signed(h) for h in seen]
-        size = segment.bytes + 16 * len(hashes) + ROW_OVERHEAD_BYTES
+        hashes = [_signed(h) for h in seen]
 
         def change(db: sqlite3.Connection) -> Appended:
-            owner, update_id = row[0], row[3]
-            known = db.execute(
-                "SELECT outcome FROM updates WHERE owner = ? AND update_id = ?", (owner, update_id)
-            ).fetchone()
+            known = _outcome(db, segment)
             if known is not None:
                 return Appended(duplicate=True, outcome=json.loads(known[0]) if known[0] else None)
-            self._check_order(db, segment)
-            db.execute("INSERT INTO updates VALUES (?, ?, NULL, ?)", (owner, update_id, self._clock()))
-            db.execute(_INSERT, row)
-            _remember(db, owner, hashes)
+            self._insert(db, segment)
+            _remember(db, str(segment.key), hashes)
             return Appended(duplicate=False)
 
-        return self._writer.submit(change, size)
+        return self._writer.submit(change, _size([segment], hashes))
+
+    def append_all(self, segments: Sequence[Segment], seen: Sequence[int] = ()) -> Future[list[str]]:
+        """Writes segments of one user that follow each other, and the hashes seen with them: all, or none when some of
+        their update ids are known. Those that are; chunk ids as in `append`."""
+        hashes = [_signed(h) for h in seen]
+
+        def change(db: sqlite3.Connection) -> list[str]:
+            known = [segment.update_id for segment in segments if _outcome(db, segment) is not None]
+            if not known:
+                for segment in segments:
+                    self._insert(db, segment)
+                _remember(db, str(segments[0].key), hashes)
+            return known
+
+        return self._writer.submit(change, _size(segments, hashes))
+
+    def _insert(self, db: sqlite3.Connection, segment: Segment) -> None:
+        self._check_order(db, segment)
+        update = (str(segment.key), segment.update_id, self._clock())
+        db.execute("INSERT INTO updates VALUES (?, ?, NULL, ?)", update)
+        db.execute(_INSERT, segment_to_row(segment))
 
     def set_outcome(self, key: UserKey, update_id: str, outcome: dict[str, Any]) -> Future[None]:
         """Stores what an update did; a repeated append gets it back. Fails for an unknown update id."""
@@ -324,6 +339,16 @@ def _signed(value: int) -> int:
     if not 0 <= value < 2**64:
         raise ValueError(f"seen: {value}: expected a hash from 0 to 2**64 - 1")
     return value - 2**64 if value >= 2**63 else value
+
+
+def _size(segments: Sequence[Segment], hashes: list[int]) -> int:
+    return sum(segment.bytes + ROW_OVERHEAD_BYTES for segment in segments) + 16 * len(hashes)
+
+
+def _outcome(db: sqlite3.Connection, segment: Segment) -> tuple[str | None] | None:
+    """The row of a known update: its outcome, None if it has none yet."""
+    where = (str(segment.key), segment.update_id)
+    return db.execute("SELECT outcome FROM updates WHERE owner = ? AND update_id = ?", where).fetchone()
 
 
 def _remember(db: sqlite3.Connection, owner: object, hashes: list[int]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from actors.errors import QueueFull
-from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
+from actors.messages import NOTHING, ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from actors.options import KeeperOptions
 from storage.errors import NoSuchMemory
 from storage.memory import Memory
@@ -74,15 +74,21 @@ class FakeKeeper:
                 self.cancelled.append(call.request_id)
 
     async def ingest(self, call: IngestCall) -> IngestOutcome:
-        duplicate = call.update_id in self.updates.get(call.key, {})
-        self._write(call.key, call.update_id, [int(token) for token in call.tokens])
-        return IngestOutcome(
-            tokens=len(call.tokens),
-            chunks=1,
-            tokens_written=len(call.tokens),
-            memory_version=list(self.updates[call.key]).index(call.update_id) + 1,  # as it was the first time
-            duplicate=duplicate,
-        )
+        done = NOTHING
+        for update_id, tokens in call.pieces().items():
+            duplicate = update_id in self.updates.get(call.key, {})
+            self._write(call.key, update_id, [int(token) for token in tokens])
+            version = list(self.updates[call.key]).index(update_id) + 1  # as it was the first time
+            done = done.plus(
+                IngestOutcome(
+                    tokens=len(tokens),
+                    chunks=1,
+                    tokens_written=len(tokens),
+                    memory_version=version,
+                    duplicates=int(duplicate),
+                )
+            )
+        return done
 
     async def describe(self, key: UserKey) -> dict[str, Any]:
         return {"user": key.user, "memory_version": len(self._of(key)), "pid": os.getpid()}

@@ -174,7 +174,7 @@ async def test_a_repeated_piece_returns_its_first_outcome(options):
         await keeper.ingest(piece(ALICE, 2))
         before = await state(keeper, ALICE)
         again = await keeper.ingest(piece(ALICE, 1))
-        assert again == replace(first, duplicate=True)
+        assert again == replace(first, duplicates=1)
         assert same(await state(keeper, ALICE), before)
 
 

@@ -62,7 +62,7 @@ async def test_a_retry_on_another_shard_is_told_what_the_first_try_was(options):
             await keeper.ingest(piece(ALICE, seed))
     hand_over(Path(options.journal_dir), lambda key: "shard-1", Journal)
     async with opened(options, shard="shard-1", epoch=2) as keeper:
-        assert await keeper.ingest(piece(ALICE, 1)) == replace(first, duplicate=True)
+        assert await keeper.ingest(piece(ALICE, 1)) == replace(first, duplicates=1)
 
 
 async def test_a_crash_in_a_turn_and_a_retry_elsewhere(options, model):

@@ -80,7 +80,7 @@ async def tell(roster: Roster, resident: Resident, update_id: str) -> None:
         resident, update_id=update_id, conversation="", role="document", context=np.zeros(0, np.int32),
         tokens=np.ones(3, np.int32),
     )  # fmt: skip
-    assert await roster.append(resident, segment)
+    assert await roster.append(resident, [segment])
     await roster.fold(resident, segment)
 
 

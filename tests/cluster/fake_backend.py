@@ -26,7 +26,7 @@ import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from actors.errors import QueueFull
-from actors.messages import ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
+from actors.messages import NOTHING, ChatCall, DoneEvent, IngestCall, IngestOutcome, TokenEvent
 from cluster.api import build_api
 from cluster.backend import Backend
 from cluster.door import DoorSettings
@@ -169,16 +169,22 @@ class FakeBackend(Backend):
         self._fail()
         await asyncio.sleep(self.pace_s)
         self.ingests.append(call)
-        memory = self.memories.setdefault(call.key, FakeMemory())
-        if call.update_id in memory.outcomes:
-            return dataclasses.replace(memory.outcomes[call.update_id], duplicate=True)
-        memory.tell(self.tokenizer.decode(call.tokens))
-        count = len(call.tokens)
-        outcome = IngestOutcome(
-            tokens=count, chunks=-(-count // 256), tokens_written=count // 4, memory_version=memory.version
-        )
-        memory.outcomes[call.update_id] = outcome
-        return outcome
+        memory, done = self.memories.setdefault(call.key, FakeMemory()), NOTHING
+        for update_id, tokens in call.pieces().items():
+            if update_id in memory.outcomes:
+                done = done.plus(dataclasses.replace(memory.outcomes[update_id], duplicates=1))
+                continue
+            memory.tell(self.tokenizer.decode(tokens))
+            count = len(tokens)
+            outcome = IngestOutcome(
+                tokens=count,
+                chunks=-(-count // 256),
+                tokens_written=count // 4,
+                memory_version=memory.version,
+            )
+            memory.outcomes[update_id] = outcome
+            done = done.plus(outcome)
+        return done
 
     async def describe(self, key: UserKey) -> dict[str, Any]:
         memory = self._memory(key)

@@ -8,9 +8,10 @@ import threading
 import numpy as np
 import pytest
 
-from cluster.ingest import PIECE_TOKENS
+from cluster.ingest import CALL_TOKENS, PIECES_AT_ONCE
 from storage.errors import StoreUnavailable
 from storage.names import UserKey
+from storage.segment import SEGMENT_TOKENS_MAX
 from tests.cluster.fake_backend import (
     FILE_MAGIC,
     QueueFull,
@@ -21,8 +22,8 @@ from tests.cluster.fake_backend import (
 )
 
 U1 = UserKey("local", "u1")
-BOOK = "It was the key under the mat; my dog, called Rex, knew naïve 中文.\n\n" * 600
-"""Some 20,000 tokens: several pieces."""
+BOOK = "It was the key under the mat; my dog, called Rex, knew naïve 中文.\n\n" * 2400
+"""Some 80,000 tokens: several calls of several pieces."""
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +60,25 @@ def test_a_document_arrives_whole_in_pieces_of_one_context(http, backend):
     reply = ingest(http, BOOK, Idempotency_Key="book-1").json()
     calls = backend.ingests
     assert tokens_of(backend) == tiny_tokenizer().encode(BOOK).tolist()
-    assert [len(call.tokens) for call in calls[:-1]] == [PIECE_TOKENS] * (len(calls) - 1)
+    assert [len(call.tokens) for call in calls[:-1]] == [CALL_TOKENS] * (len(calls) - 1)
     assert len(calls) > 3
+    pieces = [piece for call in calls for piece in call.pieces().items()]
+    assert [name for name, _ in pieces] == [f"book-1:{n}" for n in range(len(pieces))]
+    assert [len(tokens) for _, tokens in pieces[:-1]] == [SEGMENT_TOKENS_MAX] * (len(pieces) - 1)
     assert [call.last for call in calls] == [False] * (len(calls) - 1) + [True]
-    assert [call.update_id for call in calls] == [f"book-1:{n}" for n in range(len(calls))]
     assert {call.conversation for call in calls} == {"book-1"}
     assert {call.key for call in calls} == {U1}
     total = sum(len(call.tokens) for call in calls)
     assert reply["tokens"] == total
     assert reply["chunks"] == sum(-(-len(call.tokens) // 256) for call in calls)
     assert reply["written_share"] == pytest.approx(0.25, abs=0.01)
-    assert reply["memory_version"] == len(calls)
+    assert reply["memory_version"] == reply["pieces"] == len(pieces)
     assert reply["duplicates"] == 0
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000, 65536])
 def test_pieces_do_not_depend_on_how_the_text_arrives(http, backend, size):
-    data = BOOK[: 40 if size == 1 else 20_000].encode()
+    data = BOOK[: 40 if size == 1 else 100_000].encode()
     ingest(http, (data[at : at + size] for at in range(0, len(data), size)), Idempotency_Key="b")
     cut = [call.tokens.tolist() for call in backend.ingests]
     assert tokens_of(backend) == tiny_tokenizer().encode(data.decode()).tolist()
@@ -93,13 +96,13 @@ def test_the_same_document_again_writes_nothing_twice(http, backend):
     assert other["idempotency_key"].startswith("ingest-")
 
 
-def test_a_document_of_exactly_one_piece_is_its_last(http, backend):
-    text = "z" * PIECE_TOKENS
+def test_a_document_of_exactly_one_call_is_its_last(http, backend):
+    text = "z" * CALL_TOKENS
     for count, more in ((1, ""), (2, " b c d e f")):
         backend.ingests.clear()
         ingest(http, text + more)
         assert [call.last for call in backend.ingests] == [False] * (count - 1) + [True]
-        assert len(backend.ingests[0].tokens) == PIECE_TOKENS
+        assert len(backend.ingests[0].tokens) == CALL_TOKENS
 
 
 def test_the_conversation_may_be_named(http, backend):
@@ -122,7 +125,7 @@ def test_invalid_utf8_names_its_byte_and_keeps_what_was_acknowledged(http, backe
         kept.add(len(tokens_of(backend)))
         assert f"{len(tokens_of(backend))} tokens before it are in the memory" in error["message"]
     assert len(kept) == 1, "what is kept depends on the text, not on how it arrived"
-    assert kept.pop() >= 2 * PIECE_TOKENS
+    assert kept.pop() >= 2 * CALL_TOKENS
 
 
 @pytest.mark.parametrize("body", [b"", b"\xef\xbb\xbf"])
@@ -165,7 +168,7 @@ def test_a_full_queue_refuses_a_new_document_and_makes_one_that_has_begun_wait(h
     original, calls = backend.ingest, []
 
     async def full_at_times(call):
-        calls.append(call.update_id)
+        calls.append(call.first)
         if len(calls) in (2, 3):
             raise QueueFull("the queue", 0.05)
         return await original(call)
@@ -173,11 +176,11 @@ def test_a_full_queue_refuses_a_new_document_and_makes_one_that_has_begun_wait(h
     backend.ingest = full_at_times
     reply = ingest(http, BOOK, Idempotency_Key="k")
     assert reply.status_code == 200
-    assert calls[:5] == ["k:0", "k:1", "k:1", "k:1", "k:2"]
+    assert calls[:5] == [0, 4, 4, 4, 8]
     assert tokens_of(backend) == tiny_tokenizer().encode(BOOK).tolist()
 
     async def always_full(call):
-        if call.update_id.endswith(":0"):
+        if call.first == 0:
             return await original(call)
         raise QueueFull("the queue", 0.2)
 
@@ -197,7 +200,7 @@ def test_a_failure_in_the_middle_has_its_status_and_a_retry_goes_on(http, backen
     backend.ingest = fails_once
     assert ingest(http, BOOK, Idempotency_Key="k").status_code == 503
     again = ingest(http, BOOK, Idempotency_Key="k").json()
-    assert again["duplicates"] == 2
+    assert again["duplicates"] == 2 * PIECES_AT_ONCE
     assert again["tokens"] == len(tiny_tokenizer().encode(BOOK))
     assert backend.memories[U1].version == again["pieces"]
 
@@ -227,10 +230,10 @@ def test_a_client_that_goes_away_in_the_middle_leaves_what_was_acknowledged(serv
     with pytest.raises(ConnectionError):
         ingest(http, breaks_off(), Idempotency_Key="k")
     assert sent.is_set()
-    known = len(backend.ingests)
+    known = PIECES_AT_ONCE * len(backend.ingests)
     assert backend.memories[U1].version == known
-    assert ingest(http, BOOK, Idempotency_Key="k").json()["duplicates"] >= known - 1
-    assert not any(call.last for call in backend.ingests[:known])
+    assert not any(call.last for call in backend.ingests)
+    assert ingest(http, BOOK, Idempotency_Key="k").json()["duplicates"] >= known - PIECES_AT_ONCE
 
 
 def test_a_memory_can_be_looked_at_pinned_and_rolled_back(http, backend):

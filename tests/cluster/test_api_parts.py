@@ -17,7 +17,7 @@ from cluster.config import Config
 from cluster.door import DoorSettings
 from cluster.errors import BodyTooLarge
 from cluster.guard import check_path
-from cluster.ingest import PIECE_TOKENS, DocumentCutter
+from cluster.ingest import CALL_TOKENS, DocumentCutter
 from cluster.reply import Reply, StopCutter
 from storage.errors import InvalidName
 from storage.names import UserKey
@@ -55,13 +55,13 @@ def test_a_cut_document_holds_little_and_loses_nothing():
         for at in range(0, len(words), size):
             pieces += [piece async for piece in cutter.feed(words[at : at + size])]
             assert len(cutter._text) <= 16384 + size
-            assert len(cutter._ids) <= PIECE_TOKENS
+            assert len(cutter._ids) <= CALL_TOKENS
         return pieces + await cutter.finish()
 
     cuts = [asyncio.run(cut(size)) for size in (100, 5000, 10**7)]
     for pieces in cuts:
-        assert [len(piece) for piece in pieces[:-1]] == [PIECE_TOKENS] * (len(pieces) - 1)
-        assert 0 < len(pieces[-1]) <= PIECE_TOKENS
+        assert [len(piece) for piece in pieces[:-1]] == [CALL_TOKENS] * (len(pieces) - 1)
+        assert 0 < len(pieces[-1]) <= CALL_TOKENS
         assert np.array_equal(np.concatenate(pieces), tiny_tokenizer().encode(words))
 
 

@@ -72,6 +72,18 @@ def test_an_update_is_appended_once(journal: Journal) -> None:
     assert journal.append(make_segment(1, key=BOB)).result() == NEW, "ids are each user's own"
 
 
+def test_segments_of_one_call_are_written_all_or_none(journal: Journal) -> None:
+    one, two, three = (make_segment(chunk) for chunk in (1, 2, 3))
+    assert journal.append_all([one, two], seen=[7, 8]).result() == []
+    assert all(same(a, b) for a, b in zip(journal.pending(ALICE), [one, two], strict=True))
+    assert journal.append_all([two, three], seen=[9]).result() == ["update-2"]
+    with pytest.raises(JournalError, match="chunk 3 does not follow chunk 3"):
+        journal.append_all([three, make_segment(3, update_id="update-4")], seen=[9]).result()
+    assert [segment.update_id for segment in journal.pending(ALICE)] == ["update-1", "update-2"]
+    assert journal.seen(ALICE) == [7, 8]
+    assert not journal.append(three).result().duplicate, "nothing of it was known"
+
+
 def test_the_same_update_twice_in_one_group(journal: Journal) -> None:
     futures = [journal.append(make_segment(1)) for _ in range(20)]
     assert sorted(future.result().duplicate for future in futures) == [False] + [True] * 19
