@@ -27,6 +27,8 @@ SHAPE_TOKENS = 32
 """Text that is encoded is padded to a multiple of this."""
 CLEAR_GATE = 0.5
 """Write gate of a token that is part of a value without doubt: the one behind it goes on with that value."""
+NEAR_TOKENS = 64
+"""Text on either side of a value that may name what it takes the place of."""
 UNITS_AT_ONCE = 32
 """Blocks of one call: what it needs of memory does not grow with the segment."""
 
@@ -44,8 +46,8 @@ class Written:
     """float32: write gate w."""
     token_N: Tensor
     """int64: whose value the target is."""
-    tokens: int
-    """Length of the segment."""
+    segment_T: Tensor
+    """int64: all tokens of the segment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +102,7 @@ class Encoder:
             target_ND=self.values_VD[ids[place_N]],
             weight_N=weight_N,
             token_N=ids[place_N],
-            tokens=len(tokens),
+            segment_T=ids[len(before) :],
         )
 
     def _none(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,7 +204,7 @@ def fold(
             kept.append(group[keep])
     kept_N = torch.cat(kept)
     return Fold(
-        chunks=-(-written.tokens // spec.chunk_size),
+        chunks=-(-len(written.segment_T) // spec.chunk_size),
         updates=updates,
         tokens_written=len(kept_N),
         surprise=largest,
@@ -229,6 +231,19 @@ def _admitted(
 def _offer(reservoir: Reservoir, written: Written, kept_N: Tensor, spec: MemorySpec) -> Reservoir:
     rows = (written.columns_NK, written.values_NK, written.token_N, written.weight_N)
     columns_NK, values_NK, token_N, gate_N = (row[kept_N].cpu().numpy() for row in rows)
-    clear_N = written.position_N[written.weight_N >= CLEAR_GATE]
-    begins_N = ~torch.isin(written.position_N[kept_N] - 1, clear_N).cpu().numpy()
-    return reservoir.offered(columns_NK, values_NK, token_N, gate_N, spec, begins_N)
+    begins_N = ~torch.isin(written.position_N - 1, written.position_N[_clear(written)])
+    begins_N, named = begins_N[kept_N].cpu().numpy(), [_named(written, place) for place in kept_N.tolist()]
+    return reservoir.offered(columns_NK, values_NK, token_N, gate_N, spec, begins_N, named)
+
+
+def _clear(written: Written) -> Tensor:
+    return written.weight_N >= CLEAR_GATE
+
+
+def _named(written: Written, index: int) -> np.ndarray:
+    """Tokens that the text around a written one names without telling them; none around one that may be no value."""
+    if not bool(_clear(written)[index]):
+        return np.zeros(0, np.int64)
+    position = int(written.position_N[index])
+    near = written.segment_T[max(0, position - NEAR_TOKENS) : position + NEAR_TOKENS].cpu().numpy()
+    return np.setdiff1d(near, written.token_N[_clear(written)].cpu().numpy())

@@ -4,7 +4,8 @@ Consolidation replays it (`titanmem/consolidation.py`). Two rules say who stays:
 
 - The newer wins. An entry whose code overlaps a new one's by REPLACED_OVERLAP or more leaves, whatever its token, so
   that no replay can bring back what a correction has replaced; for a new one that begins a value CORRECTED_OVERLAP is
-  enough.
+  enough. One that the text around the new one names ("I left Dr Rao and go to Dr Okafor") gets the new one's token, so
+  that whoever asks in the old words is told the new value; for that NAMED_OVERLAP is enough.
 - When there are too many, those of the smallest hash of their own content leave. That is a uniform sample of all
   different entries ever offered (bottom-k sampling: Cohen and Kaplan, "Summarizing data using bottom-k sketches", PODC
   2007), without a counter or random state: the same entries in the same order leave the same sample, bit for bit.
@@ -14,6 +15,7 @@ Axes: R entries in order of arrival, N entries offered, K active units of a code
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +35,10 @@ CORRECTED_OVERLAP = 0.5
 """The same where the newer begins a value: its key is what the fact is about, and not the word before it, which keys of
 later tokens have in common with many others'. Of facts corrected in own words about half overlap by as much, of two
 about different people a fifth (docs/log.md)."""
+
+NAMED_OVERLAP = 0.2
+"""The same where the text around the newer names the older's token, which does not happen to whom it merely resembles:
+of pairs of facts about different people none name each other (docs/log.md)."""
 
 UNIT_TOLERANCE = 0.01
 """Rounding K values of a unit code to float16 moves its norm by at most 2^-11."""
@@ -102,11 +108,12 @@ class Reservoir:
 
     def offered(
         self, columns_NK: np.ndarray, values_NK: np.ndarray, token_N: np.ndarray, gate_N: np.ndarray,
-        spec: MemorySpec, begins_N: np.ndarray | None = None,
+        spec: MemorySpec, begins_N: np.ndarray | None = None, named: Sequence[np.ndarray] | None = None,
     ) -> Reservoir:  # fmt: skip
         """The reservoir after these entries were written, in this order; at most `spec.reservoir` entries.
 
-        `begins_N`, bool, says which are the first token of a value; None is none of them.
+        `begins_N`, bool, says which are the first token of a value; None is none of them. `named` has for each the
+        tokens that the text around it names; None is none.
         """
         if not spec.reservoir or not len(token_N):
             return self
@@ -115,12 +122,18 @@ class Reservoir:
         if begins_N is not None:
             enough_N[begins_N] = CORRECTED_OVERLAP
         values_RK, dense_H = both.values_RK.astype(np.float32), np.zeros(spec.code_width, np.float32)
-        for place in range(len(self), len(both)):
+        token_R = both.token_R.copy()
+        for new, place in enumerate(range(len(self), len(both))):
             columns_K = both.columns_RK[place]
             dense_H[columns_K] = values_RK[place]
             overlap = np.einsum("rk,rk->r", dense_H[both.columns_RK[:place]], values_RK[:place])
-            stays[:place] &= overlap < enough_N[place - len(self)]
+            stays[:place] &= overlap < enough_N[new]
+            if named is not None and enough_N[new] < REPLACED_OVERLAP:
+                older = np.isin(token_R[: len(self)], named[new]) & (overlap[: len(self)] >= NAMED_OVERLAP)
+                token_R[: len(self)][older] = token_R[place]
             dense_H[columns_K] = 0
+        if (token_R != both.token_R).any():
+            both = Reservoir.of(both.columns_RK, both.values_RK, token_R, both.gate_R)
         return both.take(stays.nonzero()[0]).cut(spec.reservoir)
 
     def _with(self, new: Reservoir) -> Reservoir:

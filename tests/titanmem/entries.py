@@ -35,6 +35,8 @@ def told(positions: np.ndarray, seed: int, spec: MemorySpec = SPEC, weight: floa
     """A segment whose tokens at these places the gate lets through, each with a key and a token of its own."""
     columns, found = codes(len(positions), seed, spec)
     token = torch.from_numpy(np.random.default_rng(seed + 1).integers(0, VOCABULARY, len(positions)))
+    segment = torch.zeros(int(positions[-1]) + 1, dtype=torch.int64)
+    segment[torch.from_numpy(positions.astype(np.int64))] = token
     return Written(
         position_N=torch.from_numpy(positions.astype(np.int64)),
         columns_NK=torch.from_numpy(columns).long(),
@@ -42,7 +44,7 @@ def told(positions: np.ndarray, seed: int, spec: MemorySpec = SPEC, weight: floa
         target_ND=values(spec)[token],
         weight_N=torch.full((len(positions),), weight),
         token_N=token,
-        tokens=int(positions[-1]) + 1,
+        segment_T=segment,
     )
 
 

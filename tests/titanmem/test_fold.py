@@ -72,7 +72,7 @@ def test_a_value_begins_where_nothing_was_written_before(encoder, monkeypatch):
     plain = Reservoir.offered
 
     def offered(self, *rows):
-        seen.append(rows[-1])
+        seen.append(rows[-2:])
         return plain(self, *rows)
 
     monkeypatch.setattr(Reservoir, "offered", offered)
@@ -84,8 +84,13 @@ def test_a_value_begins_where_nothing_was_written_before(encoder, monkeypatch):
     written.weight_N[:] = 0.9
     written.weight_N[3] = 0.4  # let through, not clearly
     _offer(Reservoir.empty(encoder.spec), written, torch.arange(count), encoder.spec)
-    (begins,) = seen
+    ((begins, named),) = seen
     assert begins.nonzero()[0].tolist() == [0, 4, 6]
+    clear = set(written.token_N[written.weight_N >= 0.5].tolist())
+    around = set(written.segment_T[: 20 + 64].tolist())
+    assert set(named[15].tolist()) == around - clear, "named, and not told, before it and behind it"
+    assert written.token_N[3].item() in named[15] or written.token_N[3].item() in clear
+    assert len(named[3]) == 0, "it may be no value"
 
 
 def test_what_is_not_surprising_is_not_offered(encoder):

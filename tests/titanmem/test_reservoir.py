@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanmem.consolidation import consolidate
-from titanmem.reservoir import CORRECTED_OVERLAP, REPLACED_OVERLAP, Reservoir
+from titanmem.reservoir import CORRECTED_OVERLAP, NAMED_OVERLAP, REPLACED_OVERLAP, Reservoir
 from titanmem.spec import MemorySpec
 
 WIDTH, ACTIVE = 512, 8
@@ -153,6 +153,30 @@ def test_where_a_value_begins_less_is_enough():
     other = part(entries(200, 4), alike, alike + 1)
     reservoir = Reservoir.empty(SPEC).offered(*old, SPEC).offered(*other, SPEC, np.array([True]))
     assert len(reservoir) == 2, "what only resembles it stays"
+
+
+def test_what_the_text_around_a_new_value_names_gets_that_value():
+    columns, values, _, _ = entries(201, 4)
+    overlap = (codes := dense(Reservoir.of(*entries(201, 4))))[1:] @ codes[0]
+    alike, far = int(np.where(overlap < CORRECTED_OVERLAP, overlap, 0).argmax()), int(overlap.argmin())
+    assert overlap[far] < NAMED_OVERLAP < overlap[alike] < CORRECTED_OVERLAP
+    rows = {name: (columns[place : place + 1], values[place : place + 1], np.array([token]), np.ones(1))
+            for name, place, token in (("old", 0, 11), ("new", alike + 1, 22), ("far", far + 1, 33))}  # fmt: skip
+    begins = np.array([True])
+    told = Reservoir.empty(SPEC).offered(*rows["old"], SPEC)
+    for name, first, named, left in (
+        ("new", begins, [9, 11], [22, 22]),
+        ("new", begins, [9], [11, 22]),
+        ("new", ~begins, [11], [11, 22]),
+        ("far", begins, [11], [11, 33]),
+    ):
+        reservoir = told.offered(*rows[name], SPEC, first, [np.array(named)])
+        assert reservoir.token_R.tolist() == left
+        parts = reservoir.columns_RK, reservoir.values_RK, reservoir.token_R, reservoir.gate_R
+        assert same(reservoir, Reservoir.of(*parts)), "its place in the sample is that of what it says now"
+    both = [np.concatenate(pair) for pair in zip(rows["old"], rows["new"], strict=True)]
+    reservoir = Reservoir.empty(SPEC).offered(*both, SPEC, np.array([True, True]), [np.array([11])] * 2)
+    assert reservoir.token_R.tolist() == [11, 22], "what is told beside it is no older value"
 
 
 def test_consolidation_does_not_bring_back_what_was_corrected():
