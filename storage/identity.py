@@ -28,9 +28,8 @@ def check_store(store: RecordStore, journal_dir: Path) -> str | None:
 
     Raises `WrongStore` when the journals in `journal_dir` belong to another store, and `OSError`.
     """
-    known = _known(
-        journal_dir / MARKER
-    )  # first: another shard may write both meanwhile, the record before this
+    # The marker first: another shard may write both meanwhile, and it writes the record before the marker.
+    known = _known(journal_dir / MARKER)
     found = store.read_record(RECORD)
     id_ = str(found[0]["id"]) if found is not None else None
     if known is None or known["id"] == id_:

@@ -27,7 +27,7 @@ from titanmem.schedule import learning_rate
 from titanmem.skim_training import train_skim
 from titanmem.speech import UNKNOWN, Speech
 from titanmem.start import from_scratch, spoken_samples
-from titanmem.stream import BOOK, NOT_WRITTEN, REPLY, STATEMENT, WRITTEN, BatchMaker, Piece
+from titanmem.stream import BOOK, EITHER, NOT_WRITTEN, REPLY, STATEMENT, WRITTEN, BatchMaker, Piece
 from titanmem.train import Trainer
 from titanmem.train_config import TrainConfig
 
@@ -313,6 +313,20 @@ def test_twins_are_keys_of_one_fact_told_twice(batches):
         assert (moved is not None and bool(moved.any())) is told_twice
         unmoved = decoder.get_parameter("memory.query_proj.weight").grad
         assert unmoved is None or not bool(unmoved.any())
+
+
+def test_a_gate_that_lets_nothing_through_is_worse_than_one_that_lets_in_the_words_beside_a_value(batches):
+    batch, losses = batches.make(), {}
+    batch.gate[batch.gate == NOT_WRITTEN] = EITHER  # values, and the words of the same statements
+    for bias in (-10.0, 10.0):
+        for told in (1.0, 8.0):
+            decoder = tiny_decoder()
+            with torch.no_grad():
+                decoder.memory.gate_out.bias.fill_(bias)
+            result = step_loss(decoder, batch, Weights(told=told), torch.Generator().manual_seed(0))
+            losses[bias, told] = result.figures["gate"]
+    assert losses[-10.0, 8.0] == pytest.approx(8 * losses[-10.0, 1.0], rel=0.01)
+    assert losses[10.0, 8.0] == pytest.approx(losses[10.0, 1.0], rel=0.01)
 
 
 def test_losses_are_those_of_float32_but_for_rounding(batches, monkeypatch):
