@@ -174,8 +174,8 @@ def test_what_the_text_around_a_new_value_names_gets_that_value():
         assert reservoir.token_R.tolist() == left
         parts = reservoir.columns_RK, reservoir.values_RK, reservoir.token_R, reservoir.gate_R
         assert same(reservoir, Reservoir.of(*parts)), "its place in the sample is that of what it says now"
-    both = [np.concatenate(pair) for pair in zip(rows["old"], rows["new"], strict=True)]
-    reservoir = Reservoir.empty(SPEC).offered(*both, SPEC, np.array([True, True]), [np.array([11])] * 2)
+    c, v, t, g = (np.concatenate(pair) for pair in zip(rows["old"], rows["new"], strict=True))
+    reservoir = Reservoir.empty(SPEC).offered(c, v, t, g, SPEC, np.array([True, True]), [np.array([11])] * 2)
     assert reservoir.token_R.tolist() == [11, 22], "what is told beside it is no older value"
 
 
