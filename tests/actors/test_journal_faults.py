@@ -86,19 +86,20 @@ async def test_a_journal_that_fills_up_during_a_reply(options: KeeperOptions, mo
         call = chat(model, ALICE, SAID)
         journal, appended = life.keeper.roster.journal, []
         await life.shard.ingest(piece(ALICE, 1), life.epoch)
-        real = journal.append
+        real = journal.append_all
 
-        def append(segment: Any, seen: Any = ()) -> Any:
+        def append_all(segments: Any, seen: Any = ()) -> Any:
+            (segment,) = segments
             appended.append(segment.update_id)
             with (
                 contextmanager(limited)(life.keeper)
                 if segment.update_id.endswith(":out:0")
                 else nullcontext()
             ):
-                return real(segment, seen)
+                return real(segments, seen)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(journal, "append", append)
+            patch.setattr(journal, "append_all", append_all)
             with pytest.raises(JournalFull):
                 await life.chat(call)
         assert appended == ["u1:in:0", "u1:out:0"]

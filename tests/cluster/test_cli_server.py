@@ -67,7 +67,7 @@ def served(door: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ser
 @pytest.fixture
 def book(tmp_path: Path) -> Path:
     path = tmp_path / "book.txt"
-    path.write_text(PARAGRAPH * 800, encoding="utf-8")  # some 400 KB: four pieces of six segments
+    path.write_text(PARAGRAPH * 800, encoding="utf-8")  # some 400 KB: four pieces, of two calls each
     return path
 
 
@@ -246,7 +246,7 @@ def test_a_book_goes_in_piece_by_piece(served: Served, book: Path) -> None:
     assert summary["files"] == 1
     assert summary["tokens"] == sum(len(call.tokens) for call in calls)
     assert summary["written_share"] == pytest.approx(0.25, abs=0.01)
-    assert summary["memory_version"] == len(calls)
+    assert summary["memory_version"] == sum(len(call.pieces()) for call in calls)
     assert {call.conversation for call in calls} == {calls[0].conversation}
     told = served.backend.memories[U1].told
     assert "".join(told) == book.read_text(encoding="utf-8")
@@ -286,7 +286,7 @@ def test_retry_for_0_gives_up_at_once(served: Served, book: Path) -> None:
 
 def test_a_failure_half_way_says_what_is_kept(served: Served, book: Path) -> None:
     def fail_later(call: Any) -> Any:
-        if len(served.backend.ingests) >= 12:
+        if len(served.backend.ingests) >= 4:
             raise JournalFull("the journal is full")
         return original(call)
 
@@ -306,7 +306,7 @@ def test_ctrl_c_in_the_middle_of_a_book(served: Served, book: Path) -> None:
     """A real process and a real signal; then the same command again, and every word is there once."""
     served.backend.pace_s = 0.05
     process = start("ingest", "--user", "u1", str(book))
-    assert eventually(lambda: len(served.backend.ingests) >= 12, within_s=30)
+    assert eventually(lambda: len(served.backend.ingests) >= 4, within_s=30)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=20)
     assert (process.returncode, stdout) == (130, "")
@@ -340,7 +340,7 @@ def test_a_server_that_is_killed_half_way_is_found_again(book: Path) -> None:
         port = probe.getsockname()[1]
     with killed_at_the_end(backend, port):
         process = start("ingest", "--user", "u1", str(book), "--url", f"http://127.0.0.1:{port}", "--json")
-        assert eventually(lambda: len(backend.ingests) >= 12, within_s=30)
+        assert eventually(lambda: len(backend.ingests) >= 4, within_s=30)
     time.sleep(0.5)
     backend.pace_s = 0.0
     with killed_at_the_end(backend, port):

@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 from actors import handover, replicator
 from storage import journal_db, journal_writer
-from storage.journal import Appended, Journal
+from storage.journal import Journal
 from storage.segment import Segment
 from tests.simulator.world import Fiber, World
 
@@ -151,13 +151,14 @@ class ProcessJournal(Journal):
         self.durable_at: dict[str, float] = {}
         process.on_death.append(self._let_go)
 
-    def append(self, segment: Segment, seen: Sequence[int] = ()) -> Future[Appended]:
-        future = super().append(segment, seen)
+    def append_all(self, segments: Sequence[Segment], seen: Sequence[int] = ()) -> Future[list[str]]:
+        future = super().append_all(segments, seen)
         now = World.current
 
-        def note(done: Future[Appended]) -> None:
+        def note(done: Future[list[str]]) -> None:
             if done.exception() is None:
-                self.durable_at[segment.update_id] = now.now
+                there = done.result() or [segment.update_id for segment in segments]
+                self.durable_at.update(dict.fromkeys(there, now.now))
 
         future.add_done_callback(note)
         return future

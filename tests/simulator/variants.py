@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from actors import keeper
+from actors import document
 from actors.ownership import Gate, Owner, claim, read_owner
 from actors.replicator import Replicator
 from actors.roster import Roster
@@ -110,18 +110,19 @@ def retry_under_a_new_id() -> AbstractContextManager[object]:
 def duplicate_not_refused() -> Iterator[None]:
     """Neither keeper nor journal know an update id again."""
     numbers = itertools.count(1)
-    original = ProcessJournal.append
+    original = ProcessJournal.append_all
 
-    def append(self: ProcessJournal, segment: Any, seen: Any = ()) -> Any:
-        return original(self, replace(segment, update_id=f"{segment.update_id}~{next(numbers)}"), seen)
+    def append_all(self: ProcessJournal, segments: Any, seen: Any = ()) -> Any:
+        named = [replace(segment, update_id=f"{segment.update_id}~{next(numbers)}") for segment in segments]
+        return original(self, named, seen)
 
     def set_outcome(self: Journal, key: Any, update_id: str, outcome: Any) -> Any:
         return self.trim(key, 0)
 
     with (
-        patch.object(ProcessJournal, "append", append),
+        patch.object(ProcessJournal, "append_all", append_all),
         patch.object(ProcessJournal, "set_outcome", set_outcome),
-        patch.object(keeper, "update_hash", lambda update_id: next(numbers)),
+        patch.object(document, "update_hash", lambda update_id: next(numbers)),
     ):
         yield
 
