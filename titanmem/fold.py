@@ -231,19 +231,16 @@ def _admitted(
 def _offer(reservoir: Reservoir, written: Written, kept_N: Tensor, spec: MemorySpec) -> Reservoir:
     rows = (written.columns_NK, written.values_NK, written.token_N, written.weight_N)
     columns_NK, values_NK, token_N, gate_N = (row[kept_N].cpu().numpy() for row in rows)
-    begins_N = ~torch.isin(written.position_N - 1, written.position_N[_clear(written)])
-    begins_N, named = begins_N[kept_N].cpu().numpy(), [_named(written, place) for place in kept_N.tolist()]
+    clear_N = written.weight_N >= CLEAR_GATE
+    begins_N = ~torch.isin(written.position_N[kept_N] - 1, written.position_N[clear_N]).cpu().numpy()
+    named = [_named(written, clear_N, place) for place in kept_N.tolist()]
     return reservoir.offered(columns_NK, values_NK, token_N, gate_N, spec, begins_N, named)
 
 
-def _clear(written: Written) -> Tensor:
-    return written.weight_N >= CLEAR_GATE
-
-
-def _named(written: Written, index: int) -> np.ndarray:
+def _named(written: Written, clear_N: Tensor, index: int) -> np.ndarray:
     """Tokens that the text around a written one names without telling them; none around one that may be no value."""
-    if not bool(_clear(written)[index]):
+    if not bool(clear_N[index]):
         return np.zeros(0, np.int64)
     position = int(written.position_N[index])
     near = written.segment_T[max(0, position - NEAR_TOKENS) : position + NEAR_TOKENS].cpu().numpy()
-    return np.setdiff1d(near, written.token_N[_clear(written)].cpu().numpy())
+    return np.setdiff1d(near, written.token_N[clear_N].cpu().numpy())
