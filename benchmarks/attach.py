@@ -1,6 +1,6 @@
 """A memory for a checkpoint of another maker: what it recalls before and after it was trained, beside frozen weights.
 
-    python benchmarks/attach.py [--speak 6] [--minutes 12] [--length 16384] [--runs 5] [--threads 2] [--json FILE]
+    python benchmarks/attach.py [--speak 5] [--minutes 18] [--length 16384] [--runs 5] [--threads 2] [--json FILE]
 
 The checkpoint is made here, since nobody may be asked to download one: a small Llama of transformers, with a
 tokenizer, a chat template and shards of its own, that learns for `--speak` minutes to chat and to answer about what
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import report  # noqa: E402
+from cluster.allocator import keep_memory  # noqa: E402
 from cluster.needle_bench import NeedleOptions, run_needle_bench  # noqa: E402
 from tests.foreign_model import foreign_folder  # noqa: E402
 from titanmem.checkpoint import decoder_hash  # noqa: E402
@@ -39,7 +40,7 @@ from titanmem.train_config import TrainConfig  # noqa: E402
 BOOK = ROOT / "examples" / "decline-and-fall.txt.xz"
 TRAINED_ON, HIDDEN_IN = slice(0, 1_500_000), slice(1_500_000, 4_000_000)
 """Characters of the book."""
-VOCABULARY, WIDTH, LAYERS = 4096, 192, 4
+VOCABULARY, WIDTH, LAYERS = 8192, 192, 4
 TOKENS, LR = 256, 3e-3
 KINDS = """
 @ color | about: me, relation, person | value: color
@@ -97,14 +98,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--speak", type=float, default=6.0, help="minutes that the checkpoint itself is trained"
+        "--speak", type=float, default=5.0, help="minutes that the checkpoint itself is trained"
     )
-    parser.add_argument("--minutes", type=float, default=12.0, help="minutes that the memory is trained")
+    parser.add_argument("--minutes", type=float, default=18.0, help="minutes that the memory is trained")
     parser.add_argument("--length", type=int, default=16384, help="tokens that the needles are hidden in")
     parser.add_argument("--runs", type=int, default=5, help="haystacks, 20 needles each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=None, help="file for the figures")
     asked = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(asked.threads)
     with tempfile.TemporaryDirectory(prefix="titanmem-attach-") as scratch:
         report(drill(Path(scratch), asked), asked.json)

@@ -22,6 +22,10 @@ def main() -> NoReturn:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
+        if sys.argv[1:2] == ["train"]:
+            from cluster.allocator import keep_memory
+
+            keep_memory()
         build_app()()
         code = 0
     except SystemExit as end:

@@ -38,7 +38,7 @@ class Cache:
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         """Tokens seen so far in each conversation, [B]."""
         self.embeddings = torch.zeros(rows, config.embedding_conv - 1, config.hidden_size, device=device)
-        self.history = torch.zeros(rows, config.memory.conv, config.hidden_size, device=device)
+        self.history = torch.zeros(rows, config.memory.history, config.hidden_size, device=device)
         self.new_positions = torch.zeros(rows, 0, dtype=torch.int64, device=device)
         self._count = self.length.clone()
 

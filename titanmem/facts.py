@@ -22,8 +22,8 @@ NUCLEI = ("a", "e", "i", "o", "u", "ai", "ea", "ou", "ie")
 CODAS = ("", "", "n", "s", "r", "l", "x", "ck", "th", "m")
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
           "December")  # fmt: skip
-ALIKE = 10
-"""Attributes that the facts of a user with few themes are of."""
+ALIKE = (2, 5, 10)
+"""Attributes that the facts of a user with few themes are of: with the fewest, facts differ in whom they are about."""
 SECRETS = ("secret word", "password", "code name")
 
 
@@ -100,8 +100,9 @@ class FactMaker:
         draw = self.random.random()
         if draw < 0.3:
             # Neighbours in the phrase book are about things of one kind.
-            start = self.random.randrange(max(1, len(self.book.attributes) - ALIKE))
-            return Theme(attributes=self.book.attributes[start : start + ALIKE])
+            alike = self.random.choice(ALIKE)
+            start = self.random.randrange(max(1, len(self.book.attributes) - alike))
+            return Theme(attributes=self.book.attributes[start : start + alike])
         if draw < 0.45 and self.abouts & {"relation", "person"}:
             people = self.random.sample(self.values["relation"], 2) + self.random.sample(self.words.names, 2)
             return Theme(subjects=people)

@@ -20,7 +20,7 @@ class NoMemory(SparseMemory):
         nn.Module.__init__(self)  # and none of the weights
         self.spec = spec
 
-    def queries(self, hidden_BTE: Tensor, history_BCE: Tensor) -> Tensor:
+    def queries(self, hidden_BTE: Tensor, history_BCE: Tensor, behind_BTU: Tensor | None = None) -> Tensor:
         """[B, T, 0]."""
         return hidden_BTE[..., :0]
 

@@ -131,10 +131,13 @@ def step_loss(
     with quick_products():
         x, hidden = decoder.lower_blocks(inputs)
         around = memory.lookahead(hidden).float()
+        history = decoder.zeros(rows, decoder.config.memory.history)
+        behind = memory.behind(hidden, history)
     x = x if weights.shape_below else x.detach()
     hidden = hidden.float()
     key = memory.keys(hidden, around).flatten(0, 1)
-    query = memory.queries(hidden, decoder.zeros(rows, decoder.config.memory.conv)).flatten(0, 1)
+    behind = None if behind is None else behind.float()
+    query = memory.queries(hidden, history, behind).flatten(0, 1)
     gate = memory.gate_logit(around)
     values_VD = memory.vocabulary_values(decoder.embed_tokens.weight)
 

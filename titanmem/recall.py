@@ -80,7 +80,7 @@ class Listener:
         tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
         decoder, memory = self.decoder, self.decoder.memory
         x, hidden = decoder.lower_blocks(tokens)
-        query = memory.queries(hidden, decoder.zeros(len(texts), self.spec.conv))
+        query = memory.queries(hidden, decoder.zeros(len(texts), self.spec.history))
         read = self.recalled(query.flatten(0, 1)).view(*tokens.shape, -1)
         out = decoder.upper_blocks(x, read, mode)
         last = torch.tensor([len(text) - 1 for text in texts])

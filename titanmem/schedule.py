@@ -11,7 +11,7 @@ from titanmem.decoder import Decoder
 from titanmem.muon import Muon
 from titanmem.train_config import TrainConfig
 
-MATRICES = ("layers.", "memory.lookahead.")
+MATRICES = ("layers.", "memory.lookahead.", "memory.lookback.")
 """Where Muon takes the two-dimensional parameters."""
 TAUGHT_LATER = 0.6
 """Speed of what a teacher has taught, once the rest is trained: at full speed 200 steps undid 600 of lessons."""

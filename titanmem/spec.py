@@ -16,6 +16,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "code_width": (64, 65536),
     "code_active": (1, 256),
     "conv": (1, 64),
+    "lookback": (0, 256),
     "persistent_tokens": (0, 256),
     "surprise_threshold": (0.05, 0.5),
     "read_floor": (0.0, 0.9),
@@ -106,6 +107,9 @@ class MemorySpec:
     """K: units of a code that are not zero (`last`)."""
     conv: int = 16
     """Taps of the causal depthwise convolution over queries, keys and values, tokens; 1 is none."""
+    lookback: int = 0
+    """Tokens that a query gathers by attention beside that convolution, itself included; 0 is none (`last`). For
+    checkpoints whose own layers were not trained to gather a question."""
     persistent_tokens: int = 0
     """Learned tokens that stand before everything that attention sees in mode `mac` (section 3.3)."""
     surprise_threshold: float = 0.15
@@ -225,6 +229,11 @@ class MemorySpec:
     def written_shape(self) -> tuple[int, int]:
         """Shape of the written layer at rest (`last`): (H, D), one row a code unit."""
         return (self.code_width, self.value_dim)
+
+    @property
+    def history(self) -> int:
+        """Hidden states before a token that its query needs (`last`)."""
+        return max(self.conv, self.lookback)
 
     @property
     def parameters(self) -> int:

@@ -165,7 +165,7 @@ def _answered(decoder: Decoder, lesson: Lesson) -> list[tuple[Tensor, Tensor]]:
         _, hidden = decoder.lower_blocks(lesson.tokens)
         around = memory.lookahead(hidden).float()
     key = memory.around_proj(around)
-    query = memory.queries(hidden.float(), decoder.zeros(len(lesson.tokens), decoder.config.memory.conv))
+    query = memory.queries(hidden.float(), decoder.zeros(len(lesson.tokens), decoder.config.memory.history))
     return [(key, lesson.seen), (query, lesson.asked)]
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanmem.code_memory import SharedFeatures
-from titanmem.lookahead import WIDTH, Lookahead, Skim
+from titanmem.lookahead import WIDTH, Lookahead, Lookback, Skim
 from titanmem.spec import MemorySpec
 
 FAINT = 0.05
@@ -44,6 +44,9 @@ class SparseMemory(SharedFeatures):
         self.skim = Skim(vocab_size)
         self.lookahead = Lookahead(width)
         self.around_proj = nn.Linear(WIDTH, d_key, bias=False)
+        if spec.lookback:
+            self.lookback = Lookback(width, spec.lookback)
+            self.behind_proj = nn.Linear(WIDTH, d_key, bias=False)
         self.gate_in = nn.Linear(WIDTH, 64)
         self.gate_out = nn.Linear(64, 1)
         self.mag_proj = nn.Linear(d_value, width, bias=False)
@@ -64,14 +67,25 @@ class SparseMemory(SharedFeatures):
             self.query_conv.copy_(taps.expand_as(self.query_conv))
             self.gate_out.bias.fill_(-3.0)
             nn.init.zeros_(self.around_proj.weight)
+            if spec.lookback:
+                nn.init.zeros_(self.behind_proj.weight)
             nn.init.zeros_(self.mag_proj.weight)
             nn.init.zeros_(self.pointer.weight)
             self.pointer.bias.fill_(0.54)
 
-    def queries(self, hidden_BTE: Tensor, history_BCE: Tensor) -> Tensor:
-        """Query q_t from the tokens up to t, [B, T, D] at rms 1; `history_BCE`: `conv` hidden states before."""
-        hidden = torch.cat([history_BCE[:, 1:], hidden_BTE], 1)
-        return unit_rms(_convolved(self.query_proj(hidden), self.query_conv))
+    def behind(self, hidden_BTE: Tensor, history_BCE: Tensor) -> Tensor | None:
+        """What `MemorySpec.lookback` gathers up to each token, [B, T, U]; None where there is no such layer."""
+        return self.lookback(hidden_BTE, history_BCE) if self.spec.lookback else None
+
+    def queries(self, hidden_BTE: Tensor, history_BCE: Tensor, behind_BTU: Tensor | None = None) -> Tensor:
+        """Query q_t from the tokens up to t, [B, T, D] at rms 1; `history_BCE`: the `MemorySpec.history` hidden states
+        before, `behind_BTU`: what `behind` says of the same, where it is known already."""
+        hidden = torch.cat([history_BCE[:, history_BCE.shape[1] - self.spec.conv + 1 :], hidden_BTE], 1)
+        query = _convolved(self.query_proj(hidden), self.query_conv)
+        if self.spec.lookback:
+            behind = self.behind(hidden_BTE, history_BCE) if behind_BTU is None else behind_BTU
+            query = query + self.behind_proj(behind)
+        return unit_rms(query)
 
     def keys(self, hidden_BTE: Tensor, around_BTU: Tensor) -> Tensor:
         """Key k_t of each token from the tokens up to t-1 and what `lookahead` saw around it, [B, T, D] at rms 1."""

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from titanmem.spec import MemorySpec
 
-DEFAULT_MEMORY = MemorySpec(code_active=128, reservoir=2048)
-"""That of the default model. What ships has a `read_floor` too, chosen late in its training (docs/log.md)."""
+DEFAULT_MEMORY = MemorySpec(code_active=128, reservoir=2048, read_floor=0.18)
+"""That of the default model."""
+BESIDE_MEMORY = MemorySpec(code_active=128, reservoir=2048, lookback=64)
+"""That of another maker's checkpoint, whose layers do not gather a question at its end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +21,7 @@ class TrainConfig:
     """Model folder to write; checkpoints go to `out`/checkpoint.pt."""
     model: Path | None = None
     """Checkpoint folder of another maker to train a memory for, which is written into it; `out` is the same then."""
-    memory: MemorySpec = DEFAULT_MEMORY
+    memory: MemorySpec = BESIDE_MEMORY
     memory_layer: int = 0
     """Memory of such a checkpoint, and the first layer that sees it; 0 is half of the layers."""
     start: Path | None = None

@@ -68,15 +68,17 @@ def test_each_mode_hears_the_memory_in_its_own_way():
         assert torch.allclose(out, decoder.norm(plain), atol=SAME), f"{mode}: an empty memory changes nothing"
 
 
-def test_queries_are_the_same_both_ways():
-    decoder = tiny_decoder()
+@pytest.mark.parametrize("lookback", [0, 3, 12])
+def test_queries_are_the_same_both_ways(lookback: int):
+    decoder = tiny_decoder(lookback=lookback)
     tokens = torch.randint(4, 300, (1, 32), generator=torch.Generator().manual_seed(1))
     _, hidden = decoder.lower_blocks(tokens)
-    query = decoder.memory.queries(hidden, decoder.zeros(1, 4))
+    query = decoder.memory.queries(hidden, decoder.zeros(1, decoder.config.memory.history))
     cache, got = Cache(decoder.config, 1), []
-    for start in (0, 16):
-        cache.begin(torch.tensor([16]), 16)
-        got.append(decoder.lower_cached(tokens[:, start : start + 16], cache)[1])
+    for count in (16, 1, 1, 14):
+        start = sum(part.shape[1] for part in got)
+        cache.begin(torch.tensor([count]), count)
+        got.append(decoder.lower_cached(tokens[:, start : start + count], cache)[1])
         cache.advance()
     assert (torch.cat(got, 1) - query).abs().max() < SAME
 
@@ -94,8 +96,9 @@ def test_a_token_sees_no_further_than_the_window_a_layer():
     assert changed.max() <= 4 * 15 + 3
 
 
-def test_a_row_has_the_same_bits_in_any_company():
-    decoder = tiny_decoder()
+@pytest.mark.parametrize("lookback", [0, 12])
+def test_a_row_has_the_same_bits_in_any_company(lookback: int):
+    decoder = tiny_decoder(lookback=lookback)
 
     def last(rows: list[int]) -> torch.Tensor:
         """Output of row 0's conversation (3, 9, 27) at place `rows.index(0)` of eight."""
