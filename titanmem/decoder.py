@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from titanmem.attention import attended
 from titanmem.cache import Cache, window_mask
 from titanmem.decoder_config import DecoderConfig
+from titanmem.gradients import RMSNorm
 from titanmem.no_memory import NoMemory
 from titanmem.rotary import rotary, rotated
 from titanmem.token_memory import SparseMemory, unit_rms
@@ -46,8 +47,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=config.qkv_bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=config.o_bias)
-        self.q_norm = nn.RMSNorm(head, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(head, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def split(self, x_BTX: Tensor) -> Tensor:
         """[B, T, A*Z] -> [B, A, T, Z]."""
@@ -87,9 +88,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
         self.window = config.memory.window
 
@@ -180,7 +181,7 @@ class Decoder(nn.Module):
         )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         """Of `Layer`; see `stack`, which has their type."""
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight

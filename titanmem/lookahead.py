@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from titanmem.attention import attended
 from titanmem.cache import window_mask
+from titanmem.gradients import RMSNorm
 from titanmem.rotary import rotary, rotated
 
 WIDTH, HEADS, FEED = 256, 4, 512
@@ -37,12 +38,12 @@ class Lookahead(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.in_proj = nn.Linear(hidden_size, WIDTH, bias=False)
-        self.attention_norm = nn.RMSNorm(WIDTH, eps=1e-6)
+        self.attention_norm = RMSNorm(WIDTH, eps=1e-6)
         self.qkv_proj = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.q_norm = nn.RMSNorm(WIDTH // HEADS, eps=1e-6)
-        self.k_norm = nn.RMSNorm(WIDTH // HEADS, eps=1e-6)
+        self.q_norm = RMSNorm(WIDTH // HEADS, eps=1e-6)
+        self.k_norm = RMSNorm(WIDTH // HEADS, eps=1e-6)
         self.o_proj = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.mlp_norm = nn.RMSNorm(WIDTH, eps=1e-6)
+        self.mlp_norm = RMSNorm(WIDTH, eps=1e-6)
         self.gate_up_proj = nn.Linear(WIDTH, 2 * FEED, bias=False)
         self.down_proj = nn.Linear(FEED, WIDTH, bias=False)
         nn.init.zeros_(self.o_proj.weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from titanmem.gradients import Rotated
 from titanmem.rope import RopeScaling
 
 
@@ -25,5 +26,7 @@ def rotary(
 def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Apply rotary positions to x [B, A, T, Z] (half-split layout, as Hugging Face's Llama)."""
     cosine, sine = cosine.to(x.dtype), sine.to(x.dtype)
+    if x.requires_grad:
+        return Rotated.apply(x, cosine, sine)  # type: ignore[return-value]
     first, second = x.chunk(2, -1)
     return x * cosine + torch.cat([-second, first], -1) * sine

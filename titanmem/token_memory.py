@@ -119,7 +119,7 @@ class SparseMemory(SharedFeatures):
     def pointer_logits(self, out_BTE: Tensor, read_BTD: Tensor, values_VD: Tensor) -> Tensor:
         """Logits that the memory adds: what was read, scored against the value of every token, float32 [B, T, V]."""
         strength = 8.0 * F.softplus(self.pointer(out_BTE).float())
-        return strength * (self.heard(read_BTD).float() @ values_VD.T)
+        return (strength * self.heard(read_BTD).float()) @ values_VD.T
 
 
 def _convolved(projected_BSD: Tensor, taps_DC: Tensor) -> Tensor:
