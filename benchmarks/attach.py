@@ -43,21 +43,26 @@ TRAINED_ON, HIDDEN_IN = slice(0, 1_500_000), slice(1_500_000, 4_000_000)
 VOCABULARY, WIDTH, LAYERS = 8192, 192, 4
 TOKENS, LR = 256, 3e-3
 KINDS = """
-@ color | about: me, relation, person | value: color
+@ color | about: me, relation, person | value: color, word
 = {S's} favorite color is {v}.
 = {S} [like|likes] the color {v} best.
 ? What is {S's} favorite color?
-@ city | about: me, relation, person | value: city
+@ city | about: me, relation, person | value: city, name
 = {S} [live|lives] in {v}.
 = {v} is where {S} [live|lives].
 ? Where [do|does] {S} live?
-@ pet | about: me, relation, person | value: animal
+@ pet | about: me, relation, person | value: animal, word
 = {S's} pet is a {v}.
 ? What pet [do|does] {S} have?
-@ fruit | about: me, relation, person | value: fruit
+@ fruit | about: me, relation, person | value: fruit, word
 = {S} [eat|eats] {v} every day.
 ? Which fruit [do|does] {S} eat?
+@ friend | about: me, relation, person | value: name, fullname
+= {S's} best friend is called {v}.
+? What is {S's} best friend called?
 """
+"""As in the product's own phrase book, a list of values has words and names beside it: from lists alone, values are
+learned by heart, and a value of no list is not read back."""
 
 
 def phrase_book(folder: Path) -> Path:

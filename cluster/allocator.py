@@ -18,9 +18,7 @@ def _tunables(**values: int) -> str:
 
 
 KEPT = _tunables(hugetlb=1, arena_max=1, mmap_max=0, trim_threshold=16 << 30, top_pad=1 << 30)
-"""For a training run: nothing goes back before its end."""
-SERVED = _tunables(hugetlb=1, mmap_threshold=64 << 20, trim_threshold=256 << 20, top_pad=16 << 20)
-"""For processes that serve: at most some hundred MB are kept."""
+"""Nothing goes back before the end of a run."""
 
 
 def keep_memory() -> None:
