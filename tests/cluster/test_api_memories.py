@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 
@@ -20,6 +21,7 @@ from tests.cluster.fake_backend import (
     serving,
     tiny_tokenizer,
 )
+from titanmem.tokenizer import ChatTokenizer
 
 U1 = UserKey("local", "u1")
 BOOK = "It was the key under the mat; my dog, called Rex, knew naïve 中文.\n\n" * 2400
@@ -203,6 +205,34 @@ def test_a_failure_in_the_middle_has_its_status_and_a_retry_goes_on(http, backen
     assert again["duplicates"] == 2 * PIECES_AT_ONCE
     assert again["tokens"] == len(tiny_tokenizer().encode(BOOK))
     assert backend.memories[U1].version == again["pieces"]
+
+
+def test_parts_are_written_one_at_a_time_while_others_are_cut_and_none_after_one_that_failed(
+    http, backend, monkeypatch
+):
+    original, encode, cut, begun, running = backend.ingest, ChatTokenizer.encode, [], [], []
+
+    def counted(self, text, **options):
+        ids = encode(self, text, **options)
+        cut.append(len(ids))
+        return ids
+
+    async def one_by_one(call):
+        begun.append(call.first)
+        running.append(call)
+        assert len(running) == 1
+        if call.first == 0:
+            assert await asyncio.to_thread(eventually, lambda: sum(cut) >= 4 * CALL_TOKENS)
+        await asyncio.sleep(0.02)
+        running.pop()
+        if call.first == 2 * PIECES_AT_ONCE:
+            raise StoreUnavailable("the store is away")
+        return await original(call)
+
+    monkeypatch.setattr(ChatTokenizer, "encode", counted)
+    backend.ingest = one_by_one
+    assert ingest(http, BOOK).status_code == 503
+    assert begun == [0, PIECES_AT_ONCE, 2 * PIECES_AT_ONCE]
 
 
 def test_pieces_are_written_while_the_document_still_arrives_and_memory_stays_bounded(http, backend):
