@@ -67,7 +67,7 @@ def served(door: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ser
 @pytest.fixture
 def book(tmp_path: Path) -> Path:
     path = tmp_path / "book.txt"
-    path.write_text(PARAGRAPH * 800, encoding="utf-8")  # some 400 KB: four pieces, of two calls each
+    path.write_text(PARAGRAPH * 3200, encoding="utf-8")  # some 1.6 MB: four pieces, of several calls each
     return path
 
 
@@ -286,7 +286,7 @@ def test_retry_for_0_gives_up_at_once(served: Served, book: Path) -> None:
 
 def test_a_failure_half_way_says_what_is_kept(served: Served, book: Path) -> None:
     def fail_later(call: Any) -> Any:
-        if len(served.backend.ingests) >= 4:
+        if len(served.backend.ingests) >= 12:
             raise JournalFull("the journal is full")
         return original(call)
 
