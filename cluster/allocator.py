@@ -1,8 +1,9 @@
-"""How this program's processes get memory from the kernel.
+"""How memory is got from the kernel while a model trains on a CPU.
 
-A model's steps allocate and free much memory in large pieces. glibc's malloc gives these back to the kernel at once and
-gets each again as pages of 4 KiB that fault one by one: a third of a training step went there (docs/log.md). Told to
-keep what it has, and to ask for huge pages, it does not. Only the environment that a process starts with can say so.
+A training step allocates and frees some gigabytes of tensors. glibc's malloc gives the large ones back to the kernel
+at once and gets each again as pages of 4 KiB that fault one by one, which took a third of a step (docs/log.md). Told to
+keep what it has, in one arena and in huge pages, it does not. Only the environment that a process starts with can say
+so.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import os
 import sys
 
 VARIABLE = "GLIBC_TUNABLES"
-
-
-def _tunables(**values: int) -> str:
-    return ":".join(f"glibc.malloc.{name}={value}" for name, value in values.items())
-
-
-KEPT = _tunables(hugetlb=1, arena_max=1, mmap_max=0, trim_threshold=16 << 30, top_pad=1 << 30)
-"""Nothing goes back before the end of a run."""
+KEPT = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {
+        "hugetlb": 1,
+        "arena_max": 1,
+        "mmap_max": 0,
+        "trim_threshold": 16 << 30,
+        "top_pad": 1 << 30,
+    }.items()
+)
 
 
 def keep_memory() -> None:

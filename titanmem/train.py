@@ -96,7 +96,8 @@ class Trainer:
         torch.save(state, temporary)
         temporary.replace(self.checkpoint)
         self.start.save()
-        write_report(self.config.out, asdict(self.config), self.history)
+        config = {**asdict(self.config), "memory": asdict(self.decoder.config.memory)}
+        write_report(self.config.out, config, self.history)
 
     def advance(self) -> dict[str, float]:
         """One step of the optimisers; its figures."""
